@@ -1,0 +1,69 @@
+# The only commands a person must know. Each sets up what it needs; `make setup` alone does nothing twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+NVCC := $(shell command -v nvcc 2>/dev/null)
+# A GPU machine may bring its own torch: without a .venv, the GPU commands use the Python that is there.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: help setup demo test quality cuda bench gpu gpu-status docs clean
+
+help:
+	@echo "make setup       create .venv and install pycompress with everything it is tested with"
+	@echo "make demo        compress a real model, reload it in a new process, print one table"
+	@echo "make test        run the tests"
+	@echo "make quality     formatters, linters, types; compile the CUDA sources where nvcc is"
+	@echo "make bench       time each op against its peers, write bench/results/<cpu>.json"
+	@echo "make gpu         on a GPU: build, test, benchmark, write bench/results/<gpu>.json"
+	@echo "make gpu-status  kernels that changed since their GPU figures were taken"
+	@echo "make docs        check the links and paths the documentation names"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev,plot]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m pycompress demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests
+
+quality: $(INSTALLED) cuda docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+cuda:
+ifeq ($(NVCC),)
+	@echo "nvcc is not here: the CUDA sources are not compiled"
+else
+	mkdir -p build/cuda
+	for source in $(wildcard csrc/cuda/*.cu); do \
+	  $(NVCC) -std=c++17 -O3 -Icsrc -Icsrc/cuda -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+	    --compile $$source --output-file build/cuda/$$(basename $$source .cu).o || exit 1; \
+	done
+endif
+
+bench: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python bench/compact.py build/bench.json
+
+gpu:
+	$(GPU_PYTHON) bench/gpu.py run
+
+gpu-status:
+	$(GPU_PYTHON) bench/gpu.py status
+
+docs:
+	$(PYTHON) docs/check_links.py
+
+clean:
+	rm -rf build pycompress.egg-info pycompress/_C*.so

@@ -1,0 +1,66 @@
+"""Turn pytest-benchmark's JSON into `bench/results/<cpu>.json`: medians, ratios and what produced them.
+
+`python bench/compact.py build/bench.json`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = "make bench"
+RESULTS = Path(__file__).parent / "results"
+
+
+def compact(raw: dict[str, Any]) -> dict[str, Any]:
+    """One entry a group: each contestant's median in milliseconds, its rates and its time over ours."""
+    machine = raw["machine_info"]
+    groups: dict[str, dict[str, Any]] = {}
+    for benchmark in raw["benchmarks"]:
+        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["who"]] = _entry(benchmark)
+    for contestants in groups.values():
+        ours = contestants.get("pycompress")
+        for entry in contestants.values():
+            if ours is not None:
+                entry["time_over_ours"] = round(entry["median_ms"] / ours["median_ms"], 3)
+    return {
+        "command": COMMAND,
+        "cpu": cpu_of(raw),
+        "threads": machine["threads"],
+        "isa": machine["isa"],
+        "versions": machine["versions"] | {"python": machine["python_version"]},
+        "commit": raw["commit_info"].get("id"),
+        "dirty": raw["commit_info"].get("dirty"),
+        "groups": groups,
+    }
+
+
+def _entry(benchmark: dict[str, Any]) -> dict[str, Any]:
+    facts = {key: value for key, value in benchmark["extra_info"].items() if key != "who"}
+    seconds = benchmark["stats"]["median"]
+    entry: dict[str, Any] = {"median_ms": round(1e3 * seconds, 4), "rounds": benchmark["stats"]["rounds"]}
+    if "flops" in facts:
+        entry["gflops_per_s"] = round(facts["flops"] / seconds / 1e9, 2)
+    if "bytes" in facts:
+        entry["gb_per_s"] = round(facts["bytes"] / seconds / 1e9, 3)
+    return entry | facts
+
+
+def cpu_of(raw: dict[str, Any]) -> str:
+    return str(raw["machine_info"]["cpu"].get("brand_raw") or raw["machine_info"]["machine"])
+
+
+def main() -> None:
+    raw = json.loads(Path(sys.argv[1]).read_text())
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_of(raw).lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    target.write_text(json.dumps(compact(raw), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+// Dot products of the rows of a stored matrix with a few vectors: each weight is read once and widened in registers.
+#pragma once
+
+#include "numeric.h"
+
+namespace pycompress::PYCOMPRESS_LEVEL {
+
+constexpr int64_t PAIR = 2 * Vec::width;
+
+inline int64_t padded(int64_t count) { return round_up(count, PAIR); }
+
+// Products in float. Vectors are widened beforehand, into the order in which load_pair brings a row: evens then odds of
+// each PAIR for Bf16, natural otherwise; zeros fill the last PAIR.
+template <class T>
+struct Widened {
+  using X = float;
+  struct Loaded {
+    Vec::reg low, high;
+  };
+
+  template <class S>
+  static void prepare(const S *from, int64_t count, float *to) {
+    for (int64_t p = 0; p < padded(count); ++p) {
+      const int64_t source = p - p % PAIR + position(p % PAIR, T{});
+      to[p] = source < count ? widen(from[source]) : 0.0f;
+    }
+  }
+  static Loaded load(const T *row) {
+    Loaded loaded;
+    Vec::load_pair(row, loaded.low, loaded.high);
+    return loaded;
+  }
+  static Loaded load(const T *row, int64_t count) {
+    Loaded loaded;
+    Vec::load_pair(row, count, loaded.low, loaded.high);
+    return loaded;
+  }
+  static Vec::reg step(Vec::reg sum, const Loaded &row, const float *x) {
+    return Vec::fmadd(row.high, Vec::load(x + Vec::width), Vec::fmadd(row.low, Vec::load(x), sum));
+  }
+
+ private:
+  static int64_t position(int64_t p, Bf16) { return p < Vec::width ? 2 * p : 2 * (p - Vec::width) + 1; }
+  static int64_t position(int64_t p, Half) { return p; }
+  static int64_t position(int64_t p, float) { return p; }
+};
+
+template <class T>
+struct Direct : Widened<T> {};
+
+#ifdef __AVX512BF16__
+// Two bfloat16 products a lane and instruction; the vector stays bfloat16.
+template <>
+struct Direct<Bf16> {
+  using X = Bf16;
+  using Loaded = __m512i;
+
+  static void prepare(const Bf16 *from, int64_t count, Bf16 *to) {
+    for (int64_t p = 0; p < padded(count); ++p) to[p] = p < count ? from[p] : Bf16{0};
+  }
+  static Loaded load(const Bf16 *row) { return _mm512_loadu_si512(row); }
+  static Loaded load(const Bf16 *row, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, row); }
+  static Vec::reg step(Vec::reg sum, Loaded row, const Bf16 *x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
+
+// A few prepared vectors, and where the products go: out[vector * out_stride + row].
+template <class X>
+struct Vectors {
+  const X *data;
+  int64_t count, size, stride;
+};
+
+template <class P, int R, int VECTORS, class T>
+inline void dot_rows(const T *w, int64_t w_stride, const Vectors<typename P::X> &x, float *out, int64_t out_stride) {
+  Vec::reg sums[R][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
+  }
+  int64_t p = 0;
+  for (; p + PAIR <= x.size; p += PAIR) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const typename P::Loaded row = P::load(w + i * w_stride + p);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+    }
+  }
+  if (p < x.size) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const typename P::Loaded row = P::load(w + i * w_stride + p, x.size - p);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    float all[R < 4 ? 4 : R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i += 4) {
+      Vec::store_sums(all + i, sums[i][v], R > 1 ? sums[(i + 1) % R][v] : Vec::zero(),
+                      R > 2 ? sums[(i + 2) % R][v] : Vec::zero(), R > 3 ? sums[(i + 3) % R][v] : Vec::zero());
+    }
+    for (int i = 0; i < R; ++i) out[v * out_stride + i] = all[i];
+  }
+}
+
+// Rows [begin, end) in groups of R, the rest one by one.
+template <class P, int R, int VECTORS, class T>
+inline void dot_range(const T *w, int64_t w_stride, Range rows, const Vectors<typename P::X> &x, float *out,
+                      int64_t out_stride) {
+  int64_t i = rows.begin;
+  for (; i + R <= rows.end; i += R) {
+    dot_rows<P, R, VECTORS>(w + i * w_stride, w_stride, x, out + i - rows.begin, out_stride);
+  }
+  for (; i < rows.end; ++i) dot_rows<P, 1, VECTORS>(w + i * w_stride, w_stride, x, out + i - rows.begin, out_stride);
+}
+
+// Products of rows [begin, end) with all vectors, four at a time; out[v * out_stride] is row `begin`.
+template <class P, class T>
+inline void dot_all(const T *w, int64_t w_stride, Range rows, Vectors<typename P::X> x, float *out,
+                    int64_t out_stride) {
+  for (; x.count > 0; x.data += 4 * x.stride, x.count -= 4, out += 4 * out_stride) {
+    if (x.count == 1) {
+      dot_range<P, 8, 1>(w, w_stride, rows, x, out, out_stride);
+    } else if (x.count == 2) {
+      dot_range<P, 4, 2>(w, w_stride, rows, x, out, out_stride);
+    } else if (x.count == 3) {
+      dot_range<P, 4, 3>(w, w_stride, rows, x, out, out_stride);
+    } else {
+      dot_range<P, 4, 4>(w, w_stride, rows, x, out, out_stride);
+    }
+  }
+}
+
+}  // namespace pycompress::PYCOMPRESS_LEVEL

@@ -1,0 +1,95 @@
+// What every instruction-set level implements. Plain types only: this header is compiled at every level.
+#pragma once
+
+#include <cstdint>
+
+namespace pycompress {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct GramArgs {
+  const float *left;   // [batch, n, d]
+  const float *right;  // [batch, n, d]
+  float *out;          // [batch, n, n]
+  int64_t batch, n, d;
+  int threads;
+};
+
+struct SeedArgs {
+  const float *gram;      // [batch, n, n]
+  const float *uniforms;  // [batch, k, trials]
+  const float *weights;   // [batch, n] or null
+  int64_t *seeds;         // [batch, k]
+  int64_t batch, gram_stride, n, k, trials;
+  int threads;
+};
+
+struct LloydArgs {
+  const float *data;  // Gram matrices [batch, n, n], or points [batch, n, d] with their mean taken away
+  const int64_t *seeds;
+  const float *weights;  // [batch, n] or null
+  int64_t *labels;       // [batch, n]
+  float *inertia;        // [batch]
+  int64_t batch, data_stride, n, d, k, iterations;
+  bool points;
+  int threads;
+};
+
+struct CentreArgs {
+  float *y;               // [batch, n, columns], centred in place
+  const int64_t *labels;  // [batch, n]
+  int64_t batch, n, columns, k;
+  int threads;
+};
+
+struct SharedLinearArgs {
+  const void *x;         // [tokens, inputs], rows x_stride apart
+  const void *weight;    // output: [k + r, inputs]; input: [outputs, k + r]
+  const void *factor;    // output: [outputs - pivots, r]; input: [r, inputs - pivots]
+  const void *labels;    // null when k = 0
+  const void *channels;  // a permutation with the r pivots first, whose part of the factor is the identity, or null
+  const void *bias;      // [outputs] or null
+  void *y;               // [tokens, outputs]
+  int64_t tokens, inputs, outputs, k, r, x_stride;
+  Dtype dtype;
+  bool wide_indices;  // labels and channels are int32 rather than int16
+  bool share_input;
+  int threads;
+
+  int64_t pivots() const { return channels ? r : 0; }
+};
+
+struct Kernels {
+  void (*gram)(const GramArgs &);
+  void (*kmeans_plus_plus)(const SeedArgs &);
+  void (*lloyd)(const LloydArgs &);
+  void (*centre)(const CentreArgs &);
+  void (*shared_linear)(const SharedLinearArgs &);
+};
+
+#define PYCOMPRESS_DECLARE(level)               \
+  namespace level {                             \
+  void gram(const GramArgs &);                  \
+  void kmeans_plus_plus(const SeedArgs &);      \
+  void lloyd(const LloydArgs &);                \
+  void centre(const CentreArgs &);              \
+  void shared_linear(const SharedLinearArgs &); \
+  }
+PYCOMPRESS_DECLARE(portable)
+PYCOMPRESS_DECLARE(avx2)
+PYCOMPRESS_DECLARE(avx512)
+PYCOMPRESS_DECLARE(avx512bf16)
+#undef PYCOMPRESS_DECLARE
+
+// Buffers that a calling thread keeps between calls, so that a decode step allocates nothing.
+enum class Slot : int { rows, columns, stage, wide, similarity, centroids, small, permuted, count };
+float *scratch(Slot slot, int64_t floats);
+int64_t *scratch_ints(int64_t count);
+
+}  // namespace pycompress

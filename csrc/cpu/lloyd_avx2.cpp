@@ -1,0 +1,5 @@
+#define PYCOMPRESS_LEVEL avx2
+#include "vec_avx2.h"
+//
+#include "lloyd.h"
+#include "seeding.h"

@@ -1,0 +1,176 @@
+// Linear layer with shared channels. Stage one multiplies x by the matrix that reads it (stacked for output sharing,
+// the low-rank factor for input sharing) into `reduced` [tokens, k + r] floats; stage two gives y from `reduced`.
+#pragma once
+
+#include <omp.h>
+
+#include "dot.h"
+#include "gemm.h"
+
+namespace pycompress::PYCOMPRESS_LEVEL {
+
+constexpr int64_t FEW_TOKENS = 24;     // above this the packing of gemm pays
+constexpr int64_t TILE = 64;           // rows whose stage-two products are finished together
+constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
+
+template <class T>
+struct Layer {
+  const SharedLinearArgs &s;
+  const int32_t *labels, *channels;
+  const T *x = static_cast<const T *>(s.x), *bias = static_cast<const T *>(s.bias);
+  T *y = static_cast<T *>(s.y);
+  // Stage one reads `first` [first_rows, first_size] against `input`, stage two `second` [second_rows, second_size]
+  // against row elements from second_at on; stage one's products go to row elements from first_at on.
+  const T *first = static_cast<const T *>(s.share_input ? s.factor : s.weight);
+  const T *second = static_cast<const T *>(s.share_input ? s.weight : s.factor);
+  int64_t width = s.k + s.r;  // of a row of `reduced`
+  int64_t first_rows = s.share_input ? s.r : width, first_at = s.share_input ? s.k : 0;
+  int64_t first_size = s.inputs - (s.share_input ? s.pivots() : 0);
+  int64_t second_rows = s.outputs - (s.share_input ? 0 : s.pivots());
+  int64_t second_size = s.share_input ? width : s.r, second_at = s.share_input ? 0 : s.k;
+  const T *input = x;  // of stage one, rows input_stride apart
+  int64_t input_stride = s.x_stride;
+
+  // Puts the inputs into the order of `channels`, pivots first.
+  void permute_input() {
+    if (!s.share_input || !channels) return;
+    T *permuted = reinterpret_cast<T *>(scratch(Slot::permuted, s.tokens * s.inputs));
+#pragma omp parallel for schedule(static) num_threads(s.tokens > FEW_TOKENS ? s.threads : 1)
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t j = 0; j < s.inputs; ++j) permuted[t * s.inputs + j] = x[t * s.x_stride + channels[j]];
+    }
+    input = permuted + s.r, input_stride = s.inputs;
+  }
+
+  // What of a token's row of `reduced` is no product: inputs summed by label, and the pivots' own inputs.
+  void complete(int64_t token, float *reduced) const {
+    if (!s.share_input) return;
+    const T *row = x + token * s.x_stride;
+    for (int64_t c = 0; c < s.k; ++c) reduced[c] = 0.0f;
+    for (int64_t j = 0; j < s.inputs && s.k; ++j) reduced[labels[j]] += widen(row[j]);
+    for (int64_t j = 0; j < s.pivots(); ++j) reduced[s.k + j] += widen(row[channels[j]]);
+  }
+
+  // y of one token from rows `from` on of `second`: product, its centroid's product and bias.
+  void finish(int64_t token, int64_t from, int64_t count, const float *product, const float *reduced) const {
+    put(token, from + (s.share_input ? 0 : s.pivots()), count, product, reduced);
+  }
+
+  // y of the pivots, whose product is the token's low-rank part itself.
+  void finish_pivots(int64_t token, const float *reduced) const {
+    if (!s.share_input) put(token, 0, s.pivots(), reduced + s.k, reduced);
+  }
+
+ private:
+  void put(int64_t token, int64_t from, int64_t count, const float *product, const float *reduced) const {
+    T *to = y + token * s.outputs;
+    const int32_t *order = s.share_input ? nullptr : channels, *gather = s.share_input || !s.k ? nullptr : labels;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t row = order ? order[from + j] : from + j;
+      float value = product[j];
+      if (gather) value += reduced[gather[row]];
+      if (bias) value += widen(bias[row]);
+      to[row] = narrow<T>(value);
+    }
+  }
+};
+
+template <class T>
+void few_tokens(const Layer<T> &layer) {
+  using First = Direct<T>;
+  using Second = Widened<T>;
+  const SharedLinearArgs &s = layer.s;
+  const int64_t x_size = padded(layer.first_size), operand_size = padded(layer.second_size);
+  auto *x = reinterpret_cast<typename First::X *>(scratch(Slot::wide, s.tokens * x_size));
+  float *reduced = scratch(Slot::stage, s.tokens * layer.width);
+  float *operand = scratch(Slot::small, s.tokens * operand_size);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    First::prepare(layer.input + t * layer.input_stride, layer.first_size, x + t * x_size);
+  }
+  const int64_t work = layer.first_rows * layer.first_size + layer.second_rows * layer.second_size;
+  const int threads = static_cast<int>(least(s.threads, work / MIN_WORK + 1));
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+    const Range rows = share_of(layer.first_rows, 8, part, parts);
+    const Vectors<typename First::X> tokens{x, s.tokens, layer.first_size, x_size};
+    dot_all<First>(layer.first, layer.first_size, rows, tokens, reduced + layer.first_at + rows.begin, layer.width);
+#pragma omp barrier
+#pragma omp single
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      float *row = reduced + t * layer.width;
+      layer.complete(t, row);
+      layer.finish_pivots(t, row);
+      Second::prepare(row + layer.second_at, layer.second_size, operand + t * operand_size);
+    }
+    const Range columns = share_of(layer.second_rows, TILE, part, parts);
+    const Vectors<float> operands{operand, s.tokens, layer.second_size, operand_size};
+    for (int64_t from = columns.begin; from < columns.end; from += TILE) {
+      float products[FEW_TOKENS * TILE];
+      const int64_t to = least(from + TILE, columns.end);
+      dot_all<Second>(layer.second, layer.second_size, Range{from, to}, operands, products, TILE);
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        layer.finish(t, from, to - from, products + t * TILE, reduced + t * layer.width);
+      }
+    }
+  }
+}
+
+template <class T>
+void many_tokens(const Layer<T> &layer) {
+  const SharedLinearArgs &s = layer.s;
+  float *reduced = scratch(Slot::stage, s.tokens * layer.width);
+  const Matrix<T> input{layer.input, s.tokens, layer.input_stride};
+  gemm(input, Matrix<T>{layer.first, layer.first_rows, layer.first_size}, layer.first_size, false, s.threads,
+       [&](const float *values, const Piece &piece) {
+         accumulate(values, piece, [&](int64_t i) { return reduced + i * layer.width + layer.first_at; });
+       });
+#pragma omp parallel for schedule(static) num_threads(s.threads)
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    layer.complete(t, reduced + t * layer.width);
+    layer.finish_pivots(t, reduced + t * layer.width);
+  }
+
+  const int64_t size = layer.second_size, rows = layer.second_rows;
+  float *partial = size <= SLICE ? nullptr : scratch(Slot::wide, s.tokens * rows);
+  const Matrix<float> operand{reduced + layer.second_at, s.tokens, layer.width};
+  gemm(operand, Matrix<T>{layer.second, rows, size}, size, false, s.threads, [&](float *values, const Piece &piece) {
+    for (int64_t i = 0; i < piece.rows; ++i) {
+      float *row = values + i * NR, *kept = partial + (piece.row + i) * rows + piece.column;
+      for (int64_t j = 0; j < piece.columns && !piece.first; ++j) row[j] += kept[j];
+      for (int64_t j = 0; j < piece.columns && !piece.last; ++j) kept[j] = row[j];
+      if (!piece.last) continue;
+      layer.finish(piece.row + i, piece.column, piece.columns, row, reduced + (piece.row + i) * layer.width);
+    }
+  });
+}
+
+// Labels and channels as int32, whatever they are stored as.
+inline const int32_t *indices(const void *stored, bool wide, int64_t count, int32_t *room) {
+  if (!stored || wide) return static_cast<const int32_t *>(stored);
+  for (int64_t i = 0; i < count; ++i) room[i] = static_cast<const int16_t *>(stored)[i];
+  return room;
+}
+
+template <class T>
+void run(const SharedLinearArgs &s) {
+  const int64_t count = s.share_input ? s.inputs : s.outputs;
+  auto *room = reinterpret_cast<int32_t *>(scratch_ints(count));  // two int32 of room for each int64
+  Layer<T> layer{s, indices(s.labels, s.wide_indices, count, room),
+                 indices(s.channels, s.wide_indices, count, room + count)};
+  layer.permute_input();
+  if (s.tokens <= FEW_TOKENS) {
+    few_tokens(layer);
+  } else {
+    many_tokens(layer);
+  }
+}
+
+void shared_linear(const SharedLinearArgs &s) {
+  if (s.dtype == Dtype::f32) run<float>(s);
+  if (s.dtype == Dtype::bf16) run<Bf16>(s);
+  if (s.dtype == Dtype::f16) run<Half>(s);
+}
+
+}  // namespace pycompress::PYCOMPRESS_LEVEL

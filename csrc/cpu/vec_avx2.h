@@ -1,0 +1,70 @@
+// Eight floats a register: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pycompress::PYCOMPRESS_LEVEL {
+
+struct Vec {
+  using reg = __m256;
+  static constexpr int width = 8;
+  static constexpr int gemm_rows = 6;      // 12 accumulators of the 16 registers
+  static constexpr int gemm_columns = 16;  // two registers
+
+  static reg zero() { return _mm256_setzero_ps(); }
+  static reg set1(float v) { return _mm256_set1_ps(v); }
+  static reg load(const float *p) { return _mm256_loadu_ps(p); }
+  static reg load(const Bf16 *p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static reg load(const Half *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+  static void store(float *p, reg v) { _mm256_storeu_ps(p, v); }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static reg fmadd(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static void load_pair(const float *p, reg &a, reg &b) { a = load(p), b = load(p + 8); }
+  static void load_pair(const Half *p, reg &a, reg &b) { a = load(p), b = load(p + 8); }
+  // Even and odd elements: a shift and a mask widen 16 values that one load brought.
+  static void load_pair(const Bf16 *p, reg &even, reg &odd) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  // The first `count` of a pair, zeros behind them; nothing past them is read.
+  template <class T>
+  static void load_pair(const T *p, int64_t count, reg &a, reg &b) {
+    T padded[2 * width] = {};
+    std::memcpy(padded, p, static_cast<std::size_t>(count) * sizeof(T));
+    load_pair(padded, a, b);
+  }
+
+  // Sums of four registers, in four neighbouring floats.
+  static void store_sums(float *p, reg a, reg b, reg c, reg d) {
+    const reg sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
+
+  static void transpose(reg (&r)[8]) {
+    reg t[8];
+    for (int i = 0; i < 8; i += 4) {
+      const reg lo0 = _mm256_unpacklo_ps(r[i], r[i + 1]), hi0 = _mm256_unpackhi_ps(r[i], r[i + 1]);
+      const reg lo1 = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), hi1 = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+      t[i] = _mm256_shuffle_ps(lo0, lo1, 0x44), t[i + 1] = _mm256_shuffle_ps(lo0, lo1, 0xee);
+      t[i + 2] = _mm256_shuffle_ps(hi0, hi1, 0x44), t[i + 3] = _mm256_shuffle_ps(hi0, hi1, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+  }
+};
+
+inline float widen(Half v) { return _cvtsh_ss(v.bits); }
+inline Half narrow_half(float v) { return {_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT)}; }
+
+}  // namespace pycompress::PYCOMPRESS_LEVEL

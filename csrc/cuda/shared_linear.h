@@ -1,0 +1,25 @@
+// Few-token shared-channel linear on CUDA; includes no CUDA header, so that module.cpp needs none.
+#pragma once
+
+#include <cstdint>
+
+namespace pycompress::cuda {
+
+struct SharedLinearArgs {
+  const void *x;          // [tokens, inputs]
+  const void *weight;     // output: [k + r, inputs]; input: [outputs, k + r]
+  const void *factor;     // output: [outputs, r];    input: [r, inputs]
+  const int16_t *labels;  // null when k = 0
+  const void *bias;       // [outputs] or null
+  float *reduced;         // [tokens, k + r], overwritten
+  void *y;                // [tokens, outputs]
+  int tokens, inputs, outputs, k, r;
+  int dtype;  // 0 float32, 1 bfloat16, 2 float16
+  bool share_input;
+  void *stream;
+};
+
+// Launches on the stream and returns null, or the CUDA runtime's words for why it could not.
+const char *shared_linear(const SharedLinearArgs &args);
+
+}  // namespace pycompress::cuda

@@ -1,0 +1,86 @@
+// The Python module: addresses and sizes in, nothing out. pycompress/ops checks dtypes, devices and layouts.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#ifdef PYCOMPRESS_CUDA
+#include "cuda/shared_linear.h"
+#endif
+
+namespace py = pybind11;
+using namespace pycompress;
+
+namespace {
+
+template <class T>
+T *at(std::uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
+void gram(std::uintptr_t left, std::uintptr_t right, std::uintptr_t out, int64_t batch, int64_t n, int64_t d,
+          int threads) {
+  kernels().gram({at<float>(left), at<float>(right), at<float>(out), batch, n, d, threads});
+}
+
+void kmeans_plus_plus(std::uintptr_t gram, std::uintptr_t uniforms, std::uintptr_t weights, std::uintptr_t seeds,
+                      int64_t batch, int64_t gram_stride, int64_t n, int64_t k, int64_t trials, int threads) {
+  kernels().kmeans_plus_plus({at<float>(gram), at<float>(uniforms), at<float>(weights), at<int64_t>(seeds), batch,
+                              gram_stride, n, k, trials, threads});
+}
+
+void lloyd(std::uintptr_t data, std::uintptr_t seeds, std::uintptr_t weights, std::uintptr_t labels,
+           std::uintptr_t inertia, int64_t batch, int64_t data_stride, int64_t n, int64_t d, int64_t k,
+           int64_t iterations, bool points, int threads) {
+  kernels().lloyd({at<float>(data), at<int64_t>(seeds), at<float>(weights), at<int64_t>(labels), at<float>(inertia),
+                   batch, data_stride, n, d, k, iterations, points, threads});
+}
+
+void centre(std::uintptr_t y, std::uintptr_t labels, int64_t batch, int64_t n, int64_t columns, int64_t k,
+            int threads) {
+  kernels().centre({at<float>(y), at<int64_t>(labels), batch, n, columns, k, threads});
+}
+
+void shared_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
+                   std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t y, int64_t tokens, int64_t inputs,
+                   int64_t outputs, int64_t k, int64_t r, int64_t x_stride, int dtype, bool wide_indices,
+                   bool share_input, int threads) {
+  kernels().shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels), at<void>(channels),
+                           at<void>(bias), at<void>(y), tokens, inputs, outputs, k, r, x_stride,
+                           static_cast<Dtype>(dtype), wide_indices, share_input, threads});
+}
+
+#ifdef PYCOMPRESS_CUDA
+void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
+                        std::uintptr_t bias, std::uintptr_t reduced, std::uintptr_t y, int64_t tokens, int64_t inputs,
+                        int64_t outputs, int64_t k, int64_t r, int dtype, bool share_input, std::uintptr_t stream) {
+  const char *error = cuda::shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<int16_t>(labels),
+                                           at<void>(bias), at<float>(reduced), at<void>(y), static_cast<int>(tokens),
+                                           static_cast<int>(inputs), static_cast<int>(outputs), static_cast<int>(k),
+                                           static_cast<int>(r), dtype, share_input, at<void>(stream)});
+  if (error) throw std::runtime_error(std::string("shared_linear on CUDA failed to launch: ") + error);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  level_in_use();  // an impossible PYCOMPRESS_ISA fails here, at import
+
+  m.def("compiler", [] { return PYCOMPRESS_COMPILER; });
+  m.def("isas_built", levels_built);
+  m.def("isas", levels_available);
+  m.def("isa", level_in_use);
+  m.def("set_isa", use_level);
+  m.def("cuda_architectures", [] { return PYCOMPRESS_CUDA_ARCHITECTURES; });
+  m.def("cuda_why", [] { return PYCOMPRESS_CUDA_WHY; });
+
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("gram", gram, unlocked);
+  m.def("kmeans_plus_plus", kmeans_plus_plus, unlocked);
+  m.def("lloyd", lloyd, unlocked);
+  m.def("centre", centre, unlocked);
+  m.def("shared_linear", shared_linear, unlocked);
+#ifdef PYCOMPRESS_CUDA
+  m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
+#endif
+}

@@ -1,0 +1,61 @@
+"""Spreads one budget of bytes over many matrices, by the error each byte saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pycompress.methods.registry import Curve
+
+
+@dataclass(frozen=True)
+class Hull:
+    """The lower convex hull of a curve: `nbytes` rising, `error` falling, each step saving less a byte."""
+
+    nbytes: np.ndarray
+    error: np.ndarray
+
+
+def hull(curve: Curve, weight: float) -> Hull:
+    """The choices of a curve that are best for some price of a byte, their errors times `weight`."""
+    nbytes, error = curve.nbytes.numpy(), weight * curve.error.numpy()
+    chosen: list[int] = []
+    for index in np.lexsort((error, nbytes)):
+        if chosen and error[index] >= error[chosen[-1]]:
+            continue
+        while len(chosen) > 1 and _saving(nbytes, error, chosen[-2], chosen[-1]) <= _saving(
+            nbytes, error, chosen[-1], index
+        ):
+            chosen.pop()
+        chosen.append(int(index))
+    return Hull(nbytes[chosen], error[chosen])
+
+
+def _saving(nbytes: np.ndarray, error: np.ndarray, first: int, second: int) -> float:
+    return float((error[first] - error[second]) / max(nbytes[second] - nbytes[first], 1))
+
+
+def spread(curves: dict[str, Curve], weights: dict[str, float], budget: int) -> dict[str, int]:
+    """Bytes for each matrix, at most `budget` in all, with the least weighted sum of errors (on the convex hulls).
+
+    Raises `ValueError` when even the smallest choices do not fit.
+    """
+    hulls = {name: hull(curve, weights[name]) for name, curve in curves.items()}
+    given = {name: int(h.nbytes[0]) for name, h in hulls.items()}
+    left = budget - sum(given.values())
+    if left < 0:
+        raise ValueError(
+            f"the budget of {budget} bytes is below the {sum(given.values())} that the smallest packed form takes; "
+            f"raise keep"
+        )
+    steps = [
+        (-(h.error[i] - h.error[i + 1]) / (h.nbytes[i + 1] - h.nbytes[i]), name, int(h.nbytes[i]), int(h.nbytes[i + 1]))
+        for name, h in hulls.items()
+        for i in range(len(h.nbytes) - 1)
+    ]
+    for _, name, low, high in sorted(steps):
+        if given[name] == low and high - low <= left:
+            given[name] = high
+            left -= high - low
+    return given

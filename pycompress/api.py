@@ -1,0 +1,241 @@
+"""`apply`: compress a model by a recipe. Reads as the table of contents of the whole package."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from dataclasses import replace as replace_field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pycompress import calibrate, groups
+from pycompress import recipe as recipes
+from pycompress.allocate import spread
+from pycompress.calibrate import Stream
+from pycompress.checkpoint import Checkpoint, Finished, hash_of
+from pycompress.formats import Packed, Rounded
+from pycompress.measure.errors import relative_output_error
+from pycompress.methods import METHODS, Curve, Statistics
+from pycompress.plan import Plan, Step, plan
+from pycompress.recipe import Config, Recipe
+from pycompress.replace import Undo, dense_weight, replace
+from pycompress.report import Report, Row, Total
+from pycompress.sensitivity import loss_sensitivity
+
+SENSITIVITY_TOKENS = 4096
+
+
+def apply(
+    model: nn.Module,
+    recipe: Config | list[Config] | tuple[Config, ...] | str | Path,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compress a Hugging Face causal LM in place, and report what it cost and saved.
+
+    `recipe`: a config such as `SWSC(keep=0.5)`, a list of them, a method's name, or a YAML path. `calibration`: texts
+    (with a `tokenizer`), ids `[B, T]`, dict batches or a DataLoader. `checkpoint`: a directory in which progress is
+    kept; the same call after an interruption goes on from there to the same bits. An error or interruption leaves the
+    model as it was. Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before
+    anything is changed.
+    """
+    configs = recipes.parse(recipe)
+    steps = plan(model, configs)
+    _check_weights(model, steps)
+    batches = _batches(model, steps, calibration, tokenizer)
+    saved = Checkpoint(checkpoint, _identity(model, configs, batches) if checkpoint is not None else {})
+    job = _Job(model, batches, saved, progress)
+    training = model.training
+    model.eval()
+    try:
+        before = _bytes_of(model)
+        job.feel(steps)
+        rows = job.compress(job.allocate(steps, configs))
+        return _report(model, steps, rows, before, configs)
+    except BaseException:
+        job.undo.all()
+        raise
+    finally:
+        model.train(training)
+
+
+@dataclass
+class _Job:
+    """One run of `apply`: what its stages share."""
+
+    model: nn.Module
+    batches: list[calibrate.Batch] | None
+    saved: Checkpoint
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.undo = Undo(self.model)
+        self.sensitivity: dict[str, Tensor] = {}
+
+    def allocate(self, steps: Plan, configs: Recipe) -> Plan:
+        """Give every step of a shared budget its bytes, from curves measured on the dense model."""
+        shared = [step for step in steps.steps if METHODS[type(step.config)].shared(step.config)]
+        if not shared:
+            return steps
+        curves = self._curves(shared, steps.depth)
+        budgets: dict[str, int] = {}
+        for config in configs:
+            mine = [step.name for step in shared if step.config is config]
+            if mine:
+                total = math.floor(config.keep * sum(s.nbytes for s in shared if s.config is config))  # type: ignore[attr-defined]
+                by_loss = config.allocation == "loss" and self.sensitivity  # type: ignore[attr-defined]
+                weights = {name: curves[name].energy if by_loss else 1.0 for name in mine}
+                budgets |= spread({name: curves[name] for name in mine}, weights, total)
+        return steps.with_budgets(budgets)
+
+    def feel(self, steps: Plan) -> None:
+        """Measure what the loss feels of each output of the matrices whose method asks for it."""
+        names = [step.name for step in steps.steps if METHODS[type(step.config)].sensitive(step.config)]
+        if self.batches is None or not names:
+            return
+        found = self.saved.load_sensitivity()
+        if found is None:
+            sample = calibrate.first_tokens(self.batches, SENSITIVITY_TOKENS)
+            bar = partial(tqdm, desc="loss gradients", unit="batch", disable=not self.progress)
+            found = loss_sensitivity(self.model, groups.blocks(self.model), sample, names, bar)
+            self.saved.save_sensitivity(found)
+        self.sensitivity = found
+
+    def _curves(self, shared: list[Step], depth: int) -> dict[str, Curve]:
+        stream = self._stream()
+        curves: dict[str, Curve] = {}
+        for block in self._bar(range(depth), "measuring"):
+            here = [step for step in shared if step.block == block]
+            found = self.saved.load_curves(block)
+            if found is None:
+                statistics = self._statistics(stream, here)
+                found = {step.name: self._curve(step, statistics) for step in here}
+                self.saved.save_curves(block, found)
+            curves.update(found)
+            if stream is not None and block < depth - 1:
+                stream.advance()
+        return curves
+
+    def compress(self, steps: Plan) -> list[Row]:
+        """Compress block after block, each calibrated on what the compressed ones before it give."""
+        stream = self._stream()
+        by_block = dict(steps.by_block())
+        rows: list[Row] = []
+        for block in self._bar(range(steps.depth), "compressing"):
+            finished = self.saved.load_block(block)
+            if finished is None:
+                finished = self._block(by_block.get(block, []), stream)
+                self.saved.save_block(block, finished)
+            for name, packed, row in finished:
+                rows.append(row)
+                if packed is not None:
+                    self.undo.note(name)
+                    replace(self.model, name, packed)
+            if stream is not None and block < steps.depth - 1:
+                stream.advance()
+        return rows
+
+    def _block(self, steps: list[Step], stream: Stream | None) -> Finished:
+        statistics = self._statistics(stream, steps)
+        return [self._matrix(step, statistics.get(step.name)) for step in steps]
+
+    def _matrix(self, step: Step, statistics: Statistics | None) -> tuple[str, Packed | None, Row]:
+        start = time.perf_counter()
+        weight = dense_weight(self.model.get_submodule(step.name))
+        packed = METHODS[type(step.config)].compress(weight, statistics, step.config, step.budget)
+        gram = None if statistics is None else statistics.gram
+        error = 0.0 if packed is None else relative_output_error(weight, packed.unpack(), gram)
+        after = step.nbytes if packed is None else packed.nbytes
+        stored = step.nbytes if isinstance(packed, Rounded) else after
+        seconds = time.perf_counter() - start
+        kind = "dense" if packed is None else str(packed)
+        return step.name, packed, Row(step.name, step.block, kind, step.nbytes, after, stored, error, seconds)
+
+    def _curve(self, step: Step, statistics: dict[str, Statistics]) -> Curve:
+        weight = dense_weight(self.model.get_submodule(step.name))
+        measure = METHODS[type(step.config)].curve
+        assert measure is not None
+        return measure(weight, statistics.get(step.name), step.config)
+
+    def _stream(self) -> Stream | None:
+        if self.batches is None:
+            return None
+        return Stream.open(self.model, groups.blocks(self.model), self.batches)
+
+    def _statistics(self, stream: Stream | None, steps: list[Step]) -> dict[str, Statistics]:
+        """Each step's input statistics, measured once for the linears that share an input."""
+        if stream is None or not steps:
+            return {}
+        stages = {role: stage.roles for stage in groups.architecture_of(self.model).stages for role in stage.roles}
+        first: dict[tuple[str, ...], str] = {}
+        for step in steps:
+            first.setdefault(stages[step.role], step.name)
+        measured = stream.statistics({name: self.model.get_submodule(name) for name in first.values()})
+        shared = {step.name: measured[first[stages[step.role]]] for step in steps}
+        return {n: replace_field(s, sensitivity=self.sensitivity.get(n)) for n, s in shared.items()}
+
+    def _bar(self, blocks: range, what: str) -> Iterable[int]:
+        return tqdm(blocks, desc=what, unit="block", disable=not self.progress)
+
+
+def _check_weights(model: nn.Module, steps: Plan) -> None:
+    for step in steps.steps:
+        weight = dense_weight(model.get_submodule(step.name))
+        if weight.is_meta:
+            raise ValueError(f"{step.name} is on the meta device; load the model's weights before compressing it")
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{step.name} holds NaN or infinite weights; load the model again from a sound file")
+
+
+def _batches(model: nn.Module, steps: Plan, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:
+    if calibration is None:
+        needing = sorted({step.config.name for step in steps.steps if step.config.needs_calibration})
+        if needing:
+            raise ValueError(
+                f"{', '.join(needing)} reads the inputs of each layer and needs calibration=…: texts with a tokenizer, "
+                f'ids [B, T], dict batches or a DataLoader (or weighting="none" to go without)'
+            )
+        return None
+    return calibrate.prepare(model, calibration, tokenizer)
+
+
+def _identity(model: nn.Module, configs: Recipe, batches: list[calibrate.Batch] | None) -> dict[str, str]:
+    return {
+        "model": hash_of(model),
+        "recipe": repr(configs),
+        "calibration data": "none" if batches is None else calibrate.fingerprint(batches),
+        "torch version": str(torch.__version__),
+    }
+
+
+def _bytes_of(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the decoder blocks, and of all tensors, those that are shared counted once."""
+
+    def total(module: nn.Module) -> int:
+        unique: dict[int, Tensor] = {t.data_ptr() or id(t): t for t in module.state_dict(keep_vars=True).values()}
+        return sum(t.numel() * t.element_size() for t in unique.values())
+
+    return sum(total(block) for block in groups.blocks(model)), total(model)
+
+
+def _report(model: nn.Module, steps: Plan, rows: list[Row], before: tuple[int, int], configs: Recipe) -> Report:
+    saved = sum(row.before - row.after for row in rows)
+    stored = sum(row.before - row.stored for row in rows)
+    targets = sum(step.nbytes for step in steps.steps)
+    return Report(
+        tuple(rows),
+        targets=Total(targets, targets - saved),
+        decoder=Total(before[0], before[0] - saved),
+        file=Total(before[1], before[1] - stored),
+        recipe=[config.to_dict() for config in configs],
+    )

@@ -1,0 +1,192 @@
+"""Calibration: prepared batches, and their hidden states as they pass through one block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress.measure.model import embedding
+from pycompress.measure.windows import token_windows
+from pycompress.methods.registry import Statistics
+from pycompress.ops.gram import gram
+
+Batch = dict[str, Tensor]
+WINDOW = 512  # tokens
+
+
+def prepare(model: Any, calibration: Any, tokenizer: Any) -> list[Batch]:
+    """Calibration data in any accepted form as a list of `{"input_ids": [B, T], "attention_mask": [B, T]}`.
+
+    `calibration`: a list of str (joined, tokenised and cut into windows of 512 tokens, BOS before each where the
+    model has one), a tensor of ids `[B, T]`, or an iterable of id tensors or dict batches such as a DataLoader.
+    Raises `ValueError` or `TypeError` when it is empty, of another kind, or has ids outside the vocabulary.
+    """
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    if isinstance(calibration, Tensor):
+        calibration = calibration.split(8) if calibration.ndim == 2 else [calibration]
+    entries = list(calibration)
+    if not entries:
+        raise ValueError("calibration is empty; give texts, id tensors [B, T], dict batches or a DataLoader")
+    if isinstance(entries[0], str):
+        if tokenizer is None:
+            raise ValueError("calibration texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        entries = token_windows(model, tokenizer, "\n\n".join(entries), WINDOW, count=sys.maxsize)
+    batches = [_batch(entry) for entry in entries]
+    batches = [batch for batch in batches if batch["input_ids"].numel()]
+    if not batches:
+        raise ValueError("calibration holds no token; give at least one window of text")
+    vocabulary = len(embedding(model))
+    low = min(int(batch["input_ids"].min()) for batch in batches)
+    high = max(int(batch["input_ids"].max()) for batch in batches)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"calibration ids run from {low} to {high} but the model's vocabulary is 0 to {vocabulary - 1}; "
+            f"tokenise with the model's own tokenizer"
+        )
+    return batches
+
+
+def first_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
+    """The first rows of the batches, one row each, that together hold at least `tokens` tokens (or all there are)."""
+    rows: list[Batch] = []
+    for batch in batches:
+        for index in range(len(batch["input_ids"])):
+            if sum(row["input_ids"].numel() for row in rows) >= tokens:
+                return rows
+            rows.append({name: tensor[index : index + 1] for name, tensor in batch.items()})
+    return rows
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """A hash of the calibration data, for refusing to resume with other data."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode() + str(tuple(batch[name].shape)).encode())
+            digest.update(batch[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _batch(entry: Any) -> Batch:
+    if isinstance(entry, Tensor):
+        entry = {"input_ids": entry}
+    if not hasattr(entry, "keys") or "input_ids" not in entry:
+        raise TypeError(
+            f"a calibration entry is a str, ids [B, T] or a dict with input_ids, got {type(entry).__name__}"
+        )
+    ids = entry["input_ids"]
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise TypeError("calibration input_ids must be an integer tensor [B, T]")
+    ids = ids.long() if ids.ndim == 2 else ids.long()[None]
+    batch = {"input_ids": ids}
+    if "attention_mask" in entry and not bool(entry["attention_mask"].all()):
+        batch["attention_mask"] = entry["attention_mask"].view_as(ids)
+    return batch
+
+
+class _ReachedError(Exception):
+    """The last block was reached: the rest of the forward pass is not needed."""
+
+
+@dataclass
+class Stream:
+    """The calibration batches' hidden states at the entry of the next block, and the arguments each block gets.
+
+    `hidden`: one `[B, T, d]` tensor a batch. Only these and one block's statistics are held at a time.
+    """
+
+    blocks: list[nn.Module]
+    hidden: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    masks: list[Tensor | None]
+    position: int = 0
+
+    @classmethod
+    @torch.no_grad()
+    def open(cls, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> Stream:
+        """Run the model up to its first block, and note what it hands to every block, without running any."""
+        hidden, arguments, masks = [], [], []
+        device = next(model.parameters()).device
+        for batch in batches:
+            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            entry: list[Tensor] = []
+            _skip(blocks, seen, entry)
+            try:
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+            except _ReachedError:
+                pass
+            finally:
+                for block in blocks:
+                    block.__dict__.pop("forward", None)
+            hidden.append(entry[0])
+            arguments.append(seen)
+            masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
+        return cls(blocks, hidden, arguments, masks)
+
+    @property
+    def block(self) -> nn.Module:
+        return self.blocks[self.position]
+
+    @torch.no_grad()
+    def run(self) -> Iterator[Tensor]:
+        """The current block's output for each batch."""
+        for index, hidden in enumerate(self.hidden):
+            args, kwargs = self.arguments[index][self.position]
+            device = next(self.block.parameters()).device
+            output = self.block(hidden.to(device), *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def statistics(self, linears: dict[str, nn.Module]) -> dict[str, Statistics]:
+        """Gram matrices of the inputs of `linears` (one of each group that shares an input), padding left out."""
+        sums: dict[str, Tensor] = {}
+        current = [0]
+
+        def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                mask = self.masks[current[0]]
+                x = args[0].reshape(-1, args[0].shape[-1])
+                x = x if mask is None else x[mask.to(x.device).flatten()]
+                product = gram(x.float().T)
+                sums[name] = product if name not in sums else sums[name].add_(product)
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
+        tokens = 0
+        try:
+            for index, output in enumerate(self.run()):
+                mask = self.masks[index]
+                tokens += output[..., 0].numel() if mask is None else int(mask.sum())
+                current[0] = index + 1
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: Statistics(total / tokens, tokens) for name, total in sums.items()}
+
+    def advance(self) -> None:
+        """Replace the hidden states by the current block's outputs and go to the next block."""
+        self.hidden = list(self.run())
+        self.position += 1
+
+
+def _skip(blocks: list[nn.Module], seen: list[tuple[tuple[Any, ...], dict[str, Any]]], entry: list[Tensor]) -> None:
+    """Make every block note its arguments and hand its input on; the last one ends the forward pass."""
+    for index, block in enumerate(blocks):
+
+        def note(hidden: Tensor, *args: Any, _last: bool = index == len(blocks) - 1, **kwargs: Any) -> Tensor:
+            if not entry:
+                entry.append(hidden)
+            seen.append((args, kwargs))
+            if _last:
+                raise _ReachedError
+            return hidden
+
+        block.forward = note  # type: ignore[method-assign]

@@ -1,0 +1,146 @@
+"""A compression's progress on disk: one file a finished block, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pycompress.formats import Packed, rebuild
+from pycompress.methods.registry import Curve
+from pycompress.report import Row
+
+RUN = "run.json"
+Finished = list[tuple[str, Packed | None, Row]]
+
+
+class Checkpoint:
+    """Curves and packed blocks of one run of `apply` in a directory; `path=None` keeps nothing.
+
+    `identity`: what the run depends on, by name. Raises `ValueError` when the directory holds another run's work,
+    naming what differs, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, identity: dict[str, str]) -> None:
+        self.path = None if path is None else Path(path)
+        if self.path is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN).exists():
+                self._write(RUN, json.dumps(identity, indent=1).encode())
+        except OSError as error:
+            raise ValueError(f"cannot write the checkpoint directory {self.path}: {error.strerror}") from error
+        known = _parse(self.path / RUN)
+        differ = [name for name, value in identity.items() if known.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"the checkpoint in {self.path} is of another {' and '.join(differ)}; "
+                f"give another directory, or delete this one to start over"
+            )
+
+    def save_curves(self, block: int, curves: dict[str, Curve]) -> None:
+        tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in ("nbytes", "error")}
+        self._save(f"curves-{block:04d}", tensors, {"energy": {name: c.energy for name, c in curves.items()}})
+
+    def load_curves(self, block: int) -> dict[str, Curve] | None:
+        found = self._load(f"curves-{block:04d}")
+        if found is None:
+            return None
+        tensors, description = found
+        return {
+            name: Curve(tensors[f"{name}|nbytes"], tensors[f"{name}|error"], energy)
+            for name, energy in description["energy"].items()
+        }
+
+    def save_sensitivity(self, sensitivity: dict[str, Tensor]) -> None:
+        self._save("sensitivity", sensitivity, {})
+
+    def load_sensitivity(self) -> dict[str, Tensor] | None:
+        found = self._load("sensitivity")
+        return None if found is None else found[0]
+
+    def save_block(self, block: int, finished: Finished) -> None:
+        tensors: dict[str, Tensor] = {}
+        modules = []
+        for name, packed, row in finished:
+            modules.append({"name": name, "spec": None if packed is None else packed.spec(), "row": asdict(row)})
+            for part, tensor in ({} if packed is None else packed.tensors()).items():
+                tensors[f"{name}|{part}"] = tensor
+        self._save(f"block-{block:04d}", tensors, {"modules": modules})
+
+    def load_block(self, block: int) -> Finished | None:
+        found = self._load(f"block-{block:04d}")
+        if found is None:
+            return None
+        tensors, description = found
+        finished: Finished = []
+        for module in description["modules"]:
+            name = module["name"]
+            parts = {key.split("|")[1]: t for key, t in tensors.items() if key.split("|")[0] == name}
+            packed = None if module["spec"] is None else rebuild(module["spec"], parts)
+            finished.append((name, packed, Row(**module["row"])))
+        return finished
+
+    def _save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """The tensors first, then the description with their hash: without the second the first does not count."""
+        if self.path is None:
+            return
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        self._write(f"{stem}.safetensors", data)
+        described = description | {"sha256": hashlib.sha256(data).hexdigest()}
+        self._write(f"{stem}.json", json.dumps(described).encode())
+
+    def _load(self, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self.path is None or not (self.path / f"{stem}.json").exists():
+            return None
+        file = self.path / f"{stem}.safetensors"
+        description = _parse(self.path / f"{stem}.json")
+        try:
+            data = file.read_bytes()
+            intact = hashlib.sha256(data).hexdigest() == description["sha256"]
+            tensors = load(data) if intact else {}
+        except (OSError, KeyError, SafetensorError):
+            intact = False
+        if not intact:
+            raise ValueError(f"{file} is damaged or cut short; delete it and {stem}.json to redo that block")
+        return tensors, description
+
+    def _write(self, name: str, data: bytes) -> None:
+        assert self.path is not None
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=f".{name}.", delete=False) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self.path / name)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged; delete {file.parent} to start over")
+    return content
+
+
+def hash_of(model: nn.Module) -> str:
+    """A hash of every parameter of a model, by name."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,222 @@
+"""The command `pycompress`: compress a saved model, measure it, show the demo, say what was built."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Make causal language models smaller and faster, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelFolder = Annotated[Path, typer.Argument(help="Folder of a saved causal language model.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """Versions, the native build, and which op has which kernel."""
+    with plain_errors():
+        from pycompress import _ext, ops
+
+        facts = {
+            "versions": {name: _version(name) for name in ("pycompress", "torch", "transformers", "triton")},
+            "build": _ext.build_info(),
+            "ops": {name: describe() for name, describe in ops.OPS.items()},
+        }
+        typer.echo(dumps(facts, indent=1) if json else _as_text(facts))
+
+
+@app.command()
+def compress(
+    model: ModelFolder,
+    recipe: Annotated[str, typer.Argument(help="YAML file, or a method's name such as SWSC.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the compressed model.", show_default=False)],
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of a method given by name: keep=0.5.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on, cut into windows.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text to calibrate on; may be repeated.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window of the calibration file.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows to take, spread over the file.")] = 64,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Compress a model and save it, with its tokenizer and a report."""
+    with plain_errors():
+        import pycompress
+        from pycompress.measure import token_windows
+
+        if calibration is not None and text:
+            raise typer.BadParameter("give --calibration or --text, not both")
+        steps = _recipe(recipe, setting or [])
+        passage = None if calibration is None else _read(calibration)
+        _make_folder(out)
+        network, tokenizer = _load(model, device, dtype)
+        batches: Any = text or None
+        if passage is not None:
+            batches = token_windows(network, tokenizer, passage, window, windows)
+        report = pycompress.apply(network, steps, batches, tokenizer=tokenizer, checkpoint=checkpoint)
+        network.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        report.to_json(out / "report.json")
+        typer.echo(str(report))
+        typer.echo(f"saved in {out}")
+
+
+@app.command()
+def perplexity(
+    model: ModelFolder,
+    text: Annotated[Path, typer.Option(help="Text file.", show_default=False)],
+    window: Annotated[int, typer.Option(help="Tokens a window, BOS not counted.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; the window if not given.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after this many windows.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of a model on a text."""
+    with plain_errors():
+        from pycompress.measure import perplexity as measure
+
+        passage = _read(text)
+        network, tokenizer = _load(model, device, dtype)
+        value = measure(network, tokenizer, passage, window, stride, max_windows)
+        typer.echo(dumps({"perplexity": value}) if json else f"perplexity {value:.4f}")
+
+
+@app.command()
+def speed(
+    models: Annotated[list[Path], typer.Argument(help="Folders of saved models, run in turns.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs; the medians count.")] = 5,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Prefill and decode tokens a second, first-token latency and peak memory."""
+    with plain_errors():
+        from pycompress.measure import compare_speed
+
+        networks = {str(model): _load(model, device, dtype)[0] for model in models}
+        speeds = compare_speed(networks, batch, prompt, new_tokens, repeats)
+        if json:
+            typer.echo(dumps({name: asdict(measured) for name, measured in speeds.items()}, indent=1))
+            return
+        typer.echo("\n".join(f"{name}\n{measured}" for name, measured in speeds.items()))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for models, table and plot.")] = Path("pycompress-demo"),
+) -> None:
+    """Compress Gemma-3-270M, reload it in a new process and print one table."""
+    with plain_errors():
+        from pycompress import demo as demonstration
+
+        _make_folder(out)
+        demonstration.run(out)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn an expected error into one sentence and exit code 1; `PYCOMPRESS_DEBUG=1` shows its traceback instead."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("PYCOMPRESS_DEBUG") or isinstance(error, typer.Exit | typer.Abort):
+            raise
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"error: {sentence}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _load(model: Path, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The saved model in eval mode on its device, and its tokenizer."""
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} is not the folder of a saved model: it has no config.json")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import pycompress  # noqa: F401  registers the compressed format with transformers
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def _recipe(name: str, settings: list[str]) -> Any:
+    """A YAML path or a bare name as it is; a name with settings as its config."""
+    from pycompress import recipe
+
+    if not settings:
+        return recipe.parse(name)
+    import yaml
+
+    entry: dict[str, Any] = {"method": name}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes name=value, such as keep=0.5; got {setting!r}")
+        entry[key] = yaml.safe_load(value)
+    return [recipe.from_dict(entry)]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the text {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the text {file}: it is not UTF-8") from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the output folder before hours of work, so that a bad path shows at once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: it is not writable")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _as_text(facts: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{name:14} {value or 'not installed'}" for name, value in facts["versions"].items()]
+    lines += [f"{'python':14} {sys.version.split()[0]}", "", "native build"]
+    build = {key: value for key, value in facts["build"].items() if value not in (None, [])}
+    lines += [f"  {key:14} {', '.join(value) if isinstance(value, list) else value}" for key, value in build.items()]
+    lines += ["", "ops"]
+    lines += [f"  {name:18} {kernels}" for name, kernels in facts["ops"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app(prog_name="pycompress")

@@ -1,0 +1,185 @@
+"""Packed weights: what a compressed matrix is made of, how many bytes it takes, how it unpacks.
+
+A format is plain tensors and sizes; it knows nothing of modules or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SharedChannels:
+    """Channels that share `k` centroids, plus a rank-`r` correction: `Ŵ = C[labels] + U V`.
+
+    `share="output"`: rows of `W [N, K]` share centroids `C [k, K]`; `weight` is `[C; V]`, `[k + r, K]`, `factor`
+    is `U [N, r]`, `labels` has one entry a row. `share="input"`: columns share centroids `C [k, N]`; `weight` is
+    `[Cᵀ | U]`, `[N, k + r]`, `factor` is `V [r, K]`, `labels` has one entry a column. With `k = 0` there are no
+    labels and the format is plain low rank.
+
+    Pivoted (`channels` given): r of the channels, the pivots, are a basis for the correction of the others, so their
+    part of the factor is the identity and is not stored. `channels` is a permutation with the pivots first; `factor`
+    is `U [N - r, r]` or `V [r, K - r]` for the channels after them. The same product in r² fewer numbers.
+
+    Reference: arXiv:2501.08631, section 3 (without the dense restoration); arXiv:2501.19090 for pivoting.
+    """
+
+    share: str
+    weight: Tensor
+    factor: Tensor
+    labels: Tensor | None
+    channels: Tensor | None
+    shape: tuple[int, int]
+
+    name: ClassVar[str] = "shared_channels"
+
+    def __str__(self) -> str:
+        parts = [self.share] if self.clusters else ["low rank"]
+        parts += [f"k={self.clusters}"] if self.clusters else []
+        return " ".join([*parts, f"r={self.rank}", *(["pivoted"] if self.channels is not None else [])])
+
+    @property
+    def rank(self) -> int:
+        return self.factor.shape[1 if self.share == "output" else 0]
+
+    @property
+    def clusters(self) -> int:
+        return self.weight.shape[0 if self.share == "output" else 1] - self.rank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, indices included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names the layer and the saved file use."""
+        named = {"weight": self.weight, "factor": self.factor, "labels": self.labels, "channels": self.channels}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def spec(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON: enough to rebuild the layer's skeleton."""
+        return {
+            "format": self.name,
+            "share": self.share,
+            "clusters": self.clusters,
+            "rank": self.rank,
+            "pivoted": self.channels is not None,
+            "shape": list(self.shape),
+        }
+
+    def unpack(self) -> Tensor:
+        """The dense matrix `[N, K]` this stands for, in float32."""
+        weight, factor, k = self.weight.float(), self.whole_factor(), self.clusters
+        if self.share == "output":
+            dense = factor @ weight[k:]
+            return dense if self.labels is None else dense + weight[:k][self.labels.long()]
+        dense = weight[:, k:] @ factor
+        return dense if self.labels is None else dense + weight[:, :k][:, self.labels.long()]
+
+    def whole_factor(self) -> Tensor:
+        """`U [N, r]` or `V [r, K]` with the pivots' identity filled in, in float32."""
+        factor = self.factor.float()
+        if self.channels is None:
+            return factor
+        along = 0 if self.share == "output" else 1
+        identity = torch.eye(self.rank, device=factor.device)
+        order = torch.argsort(self.channels.long())
+        return torch.cat([identity, factor], dim=along).index_select(along, order)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Weights rounded to `bits` and kept as ordinary values; `nbytes` counts them as if they were packed."""
+
+    values: Tensor
+    bits: int
+    scales: int
+
+    name: ClassVar[str] = "rounded"
+
+    def __str__(self) -> str:
+        return f"rounded to {self.bits} bits"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.values.shape[0], self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes plus two 16-bit numbers (scale, zero) for each of the `scales` groups."""
+        return (self.values.numel() * self.bits + 7) // 8 + 4 * self.scales
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.values}
+
+    def spec(self) -> dict[str, Any]:
+        return {"format": self.name, "bits": self.bits, "scales": self.scales, "shape": list(self.shape)}
+
+    def unpack(self) -> Tensor:
+        return self.values.float()
+
+
+Packed = SharedChannels | Rounded
+
+
+def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """The packed weight whose `spec()` and `tensors()` these are. Raises `ValueError` for an unknown format."""
+    shape = (spec["shape"][0], spec["shape"][1])
+    if spec["format"] == SharedChannels.name:
+        indices = tensors.get("labels"), tensors.get("channels")
+        return SharedChannels(spec["share"], tensors["weight"], tensors["factor"], *indices, shape)
+    if spec["format"] == Rounded.name:
+        return Rounded(tensors["weight"], spec["bits"], spec["scales"])
+    raise ValueError(f"unknown format {spec['format']!r}; this version knows {SharedChannels.name}, {Rounded.name}")
+
+
+def pack_shared(
+    share: str, centroids: Tensor, u: Tensor, v: Tensor, labels: Tensor | None, dtype: torch.dtype, pivot: bool = True
+) -> SharedChannels:
+    """Stack centroids and factors into the stored layout.
+
+    `centroids [k, K]` (output) or `[k, N]` (input), `u [N, r]`, `v [r, K]`, `labels` of any integer type. `pivot`
+    stores the factor without its pivots' identity.
+    """
+    shape = (u.shape[0], v.shape[1])
+    channels: Tensor | None = None
+    if pivot and v.shape[0]:
+        if share == "output":
+            channels, u, v = _pivoted(u, v)
+        else:
+            channels, rest, base = _pivoted(v.T, u.T)
+            u, v = base.T, rest.T
+    weight, factor = (torch.cat([centroids, v]), u) if share == "output" else (torch.cat([centroids.T, u], dim=1), v)
+    count = shape[0 if share == "output" else 1]
+    return SharedChannels(
+        share,
+        weight.to(dtype).contiguous(),
+        factor.to(dtype).contiguous(),
+        None if labels is None else _indices(labels, count),
+        None if channels is None else _indices(channels, count),
+        shape,
+    )
+
+
+def _pivoted(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrite `factor [n, r] @ basis [r, d]` on r of its own rows: channels `[n]`, rest `[n - r, r]`, basis `[r, d]`.
+
+    The pivots are those of Gaussian elimination with partial pivoting, which keeps the rest's entries near one.
+    """
+    rank = factor.shape[1]
+    wide = factor.double()
+    lower, swaps = torch.linalg.lu_factor(wide)
+    order = list(range(len(wide)))
+    for row, other in enumerate(swaps.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    channels = torch.tensor(order, device=factor.device)
+    rest = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, unitriangular=True, left=False)
+    return channels, rest.to(factor.dtype), (wide[channels[:rank]] @ basis.double()).to(basis.dtype)
+
+
+def _indices(index: Tensor, channels: int) -> Tensor:
+    return index.to(torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32).contiguous()

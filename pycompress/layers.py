@@ -1,0 +1,56 @@
+"""Compressed layers: parameters, one buffer, a one-line forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress.ops.shared_linear import kernel_in_use, shared_linear
+
+
+class SharedLinear(nn.Module):
+    """A linear layer whose channels share centroids, with a low-rank correction; see `formats.SharedChannels`.
+
+    Takes `x [..., K]`, gives `[..., N]`; no dense weight is ever formed. `weight`, `factor` and `bias` train.
+    """
+
+    labels: Tensor | None
+    channels: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        share: str,
+        clusters: int,
+        rank: int,
+        pivoted: bool,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.share, self.clusters, self.rank, self.pivoted = share, clusters, rank, pivoted
+        to: dict[str, Any] = {"dtype": dtype, "device": device}
+        rows_shared = share == "output"
+        channels = self.out_features if rows_shared else self.in_features
+        length = channels - rank if pivoted else channels
+        stacked = (clusters + rank, self.in_features) if rows_shared else (self.out_features, clusters + rank)
+        self.weight = nn.Parameter(torch.empty(stacked, **to))
+        self.factor = nn.Parameter(torch.empty((length, rank) if rows_shared else (rank, length), **to))
+        self.bias = nn.Parameter(torch.empty(self.out_features, **to)) if bias else None
+        index = torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
+        for name, present in (("labels", bool(clusters)), ("channels", pivoted)):
+            self.register_buffer(name, torch.empty(channels, dtype=index, device=device) if present else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shared_linear(x, self.weight, self.factor, self.labels, self.channels, self.bias, share=self.share)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, share={self.share}, "
+            f"clusters={self.clusters}, rank={self.rank}, pivoted={self.pivoted}, bias={self.bias is not None}, "
+            f"kernel={kernel_in_use(self.weight)}"
+        )

@@ -1,0 +1,108 @@
+"""Perplexity of a causal language model on a text, without ever holding a window's logits at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from pycompress.measure.model import embedding, evaluation
+from pycompress.measure.windows import require_window, tokenise
+
+LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32: 128 tokens of a 262k vocabulary
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    window: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+) -> float:
+    """exp of the mean cross-entropy, in nats a token, over all predicted tokens of `text`.
+
+    The text is tokenised without special tokens and cut into consecutive windows of `window` ids; the last may be
+    shorter. The model's BOS, where it has one, goes before each window, so that its first token is predicted too.
+    `stride < window` moves the window by `stride` ids and scores only the ids the previous windows have not scored.
+    `max_windows` stops early. Cross-entropy is in fp32; logits exist for a slice of tokens at a time.
+
+    Returns infinity when the mean exceeds what exp can hold, and NaN when the model gives NaN.
+    Raises `ValueError` for a window or stride out of range, for a text of fewer than two tokens, for a tokenizer
+    whose ids the model lacks, and for a model that does more to its logits than this function knows.
+    """
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+    ids, bos = tokenise(model, tokenizer, text)
+    stride = _checked_stride(model, window, stride, bos)
+    total, count = 0.0, 0
+    with evaluation(model), torch.inference_mode():
+        _require_known_head(model, ids[:8])
+        for index, (context, new) in enumerate(_windows(ids, window, stride)):
+            if max_windows is not None and index >= max_windows:
+                break
+            tokens = context if bos is None else torch.cat([torch.tensor([bos]), context])
+            scored = min(new, len(tokens) - 1)
+            total += _cross_entropy(model, tokens, scored)
+            count += scored
+    mean = total / count
+    return math.inf if mean > 700 else math.exp(mean)
+
+
+def _checked_stride(model: PreTrainedModel, window: int, stride: int | None, bos: int | None) -> int:
+    require_window(model, window, bos)
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be from 1 to the window ({window}), got {stride}")
+    return stride
+
+
+def _windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int]]:
+    """Each window's ids and how many of its last ids no earlier window had."""
+    end, scored = min(window, len(ids)), 0
+    while True:
+        context = ids[max(0, end - window) : end] if stride < window else ids[scored:end]
+        if len(context) > 1:
+            yield context, end - scored
+        if end == len(ids):
+            return
+        scored, end = end, min(end + stride, len(ids))
+
+
+def _cross_entropy(model: PreTrainedModel, tokens: Tensor, scored: int) -> float:
+    """Summed cross-entropy of the last `scored` of `tokens [T]`."""
+    tokens = tokens.to(embedding(model).device)
+    hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -scored - 1 : -1]
+    targets = tokens[-scored:].to(hidden.device)
+    at_once = max(1, LOGITS_AT_ONCE // len(embedding(model)))
+    total = 0.0
+    for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        logits = head_logits(model, part).float()
+        total += float(cross_entropy(logits, target.to(logits.device), reduction="sum"))
+    return total
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits `[..., vocabulary]` of last hidden states `[..., d]`, as the model's own forward makes them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """A model may scale or shift its logits in a way `head_logits` does not know; then refuse instead of misleading."""
+    tokens = tokens[None].to(embedding(model).device)
+    expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+    got = head_logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
+    difference, scale = (got - expected).abs().max(), expected.abs().max()
+    # NaN is not greater, so a model that gives it passes here and shows it in its perplexity.
+    if difference > 1e-2 * scale:
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output embedding in a way perplexity does not know; "
+            "add it to head_logits in pycompress/measure/perplexity.py"
+        )

@@ -1,0 +1,149 @@
+"""The maths of shared channels with a low-rank correction, for one matrix in the metric of its inputs.
+
+With `H` the Gram matrix of the inputs, the output error of `Ŵ` is `tr((W - Ŵ) H (W - Ŵ)ᵀ)`. Rows that share a label
+have their mean as the optimal centroid in this metric too; columns that share a label are inputs that are summed
+first, and their optimal centroids are a small regression. Either way the best correction of rank r is the truncated
+SVD of what is left, in the same metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pycompress.ops import kmeans, lowrank
+from pycompress.ops.gram import gram as gram_of
+
+INPUT_DAMPING = 1e-3
+OUTPUT_DAMPING = 1e-2
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which channels share: `share` "output" or "input", `labels` of the channels, int64, None for no clusters."""
+
+    share: str
+    clusters: int = 0
+    labels: Tensor | None = None
+
+
+class Channels:
+    """One matrix `weight [N, K]` in the metric `H [K, K]` of its inputs and, given `sensitivity [N]`, of its outputs.
+
+    Identities where they are None. To both a share of their mean is added, so that a dead or unseen channel leaves the
+    metric positive definite. Everything is relative to the metrics' means: a scale of H does not matter.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor | None = None, sensitivity: Tensor | None = None) -> None:
+        self.weight = weight.float()
+        self.metric = None
+        self.rows = None
+        self.scale = 1.0
+        if gram is not None:
+            self.scale = max(float(gram.diagonal().mean()), torch.finfo(torch.float32).tiny)
+            self.metric = gram / self.scale + INPUT_DAMPING * torch.eye(len(gram), device=gram.device)
+        if sensitivity is not None and float(sensitivity.sum()) > 0:
+            self.rows = sensitivity / sensitivity.mean() + OUTPUT_DAMPING
+
+    def scaled(self, matrix: Tensor) -> Tensor:
+        """Rows times the root of their sensitivity."""
+        return matrix if self.rows is None else matrix * self.rows.sqrt()[:, None]
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """`W H Wᵀ [N, N]`, the Gram matrix of the rows in the metric of the inputs."""
+        return gram_of(self.weight, self.metric)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """`Wᵀ W [K, K]` in the metric of the outputs."""
+        return gram_of(self.scaled(self.weight).T)
+
+    @cached_property
+    def factor(self) -> Tensor | None:
+        """Lower Cholesky factor of H in float64, or None for the identity."""
+        return None if self.metric is None else torch.linalg.cholesky(self.metric.double())
+
+    @cached_property
+    def energy(self) -> float:
+        outputs = self.outputs.diagonal().double()
+        return float((outputs if self.rows is None else outputs * self.rows).sum())
+
+    def cluster(self, share: str, clusters: int, seed: int, iterations: int = 15) -> Sharing:
+        """K-means over rows, weighted by their sensitivity, or over columns, weighted by their input's energy."""
+        if not clusters:
+            return Sharing(share)
+        if share == "output":
+            points, weights = self.outputs, self.rows
+        else:
+            points, weights = self.columns, None if self.metric is None else self.metric.diagonal()
+        labels, _ = kmeans(gram=points, clusters=clusters, seed=seed, iterations=iterations, weights=weights)
+        return Sharing(share, clusters, labels)
+
+    def centroids(self, sharing: Sharing) -> Tensor:
+        """Optimal centroids for the labels: `[k, K]` for rows, `[k, N]` for columns, float32."""
+        if sharing.labels is None:
+            return self.weight.new_zeros(0, self.weight.shape[1 if sharing.share == "output" else 0])
+        member = torch.nn.functional.one_hot(sharing.labels, sharing.clusters).to(self.weight.dtype)
+        if sharing.share == "output":
+            member = member if self.rows is None else member * self.rows[:, None]
+            return (member / member.sum(0).clamp(min=torch.finfo(member.dtype).tiny)).T @ self.weight
+        weighted = member if self.metric is None else self.metric @ member
+        inner = (member.T @ weighted).double()
+        empty = inner.diagonal() <= 0
+        inner.diagonal()[empty] = 1
+        return torch.linalg.solve(inner, (self.weight @ weighted).double().T).float()
+
+    def restore(self, sharing: Sharing, centroids: Tensor) -> Tensor:
+        """The dense matrix the centroids alone stand for."""
+        if sharing.labels is None:
+            return torch.zeros_like(self.weight)
+        return centroids[sharing.labels] if sharing.share == "output" else centroids.T[:, sharing.labels]
+
+    def residual(self, sharing: Sharing) -> Tensor:
+        return self.weight - self.restore(sharing, self.centroids(sharing))
+
+    def small_gram(self, residual: Tensor) -> Tensor:
+        """The residual's Gram matrix in both metrics over its shorter side, float64; both sides have one spectrum."""
+        residual = self.scaled(residual)
+        if residual.shape[0] <= residual.shape[1]:
+            return gram_of(residual, self.metric).double()
+        inner = gram_of(residual.T).double()
+        return inner if self.factor is None else self.factor.T @ inner @ self.factor
+
+    def tail(self, sharing: Sharing) -> Tensor:
+        """Relative output error (squared) after a correction of rank 0, 1, …: `[min(N, K) + 1]`, float64."""
+        values = torch.linalg.eigvalsh(self.small_gram(self.residual(sharing))).clamp(min=0)
+        return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0) / self.energy
+
+    def correction(self, residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """`u [N, r]` and `v [r, K]`: the optimal rank-r approximation of the residual in the metric."""
+        n, k = residual.shape
+        rank = min(rank, n, k)
+        vectors, _ = lowrank(self.small_gram(residual), rank)
+        scaled = self.scaled(residual)
+        if n > k:
+            image = scaled.double() @ (vectors if self.factor is None else self.factor @ vectors)
+            vectors = torch.linalg.qr(image).Q
+        u = vectors.float()
+        return (u if self.rows is None else u / self.rows.sqrt()[:, None]), u.T @ scaled
+
+    def error(self, approximation: Tensor) -> float:
+        """Relative output error (squared) of a dense approximation."""
+        difference = self.scaled(self.weight - approximation.float())
+        weighted = difference if self.metric is None else difference @ self.metric
+        return float((weighted.double() * difference.double()).sum()) / self.energy
+
+
+def stored_bytes(sharing: Sharing, rank: Tensor | int, shape: tuple[int, int], itemsize: int, pivoted: bool) -> Tensor:
+    """Bytes of the stored format at each rank; see `formats.SharedChannels`."""
+    n, k = shape
+    channels, width = (n, k) if sharing.share == "output" else (k, n)
+    r = torch.as_tensor(rank, dtype=torch.int64)
+    index = 2 if channels <= torch.iinfo(torch.int16).max else 4
+    values = sharing.clusters * width + r * (n + k) - (r * r if pivoted else 0)
+    indices = channels * ((sharing.clusters > 0) + (r > 0).long() * pivoted)
+    return itemsize * values + index * indices

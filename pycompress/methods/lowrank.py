@@ -1,0 +1,64 @@
+"""Low rank in the metric of the inputs: the end of SWSC's curve that has no clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pycompress.formats import Packed
+from pycompress.methods import swsc
+from pycompress.methods.registry import METHODS, Curve, Method, Statistics
+from pycompress.recipe import Config
+
+
+@dataclass(frozen=True)
+class LowRank(Config):
+    """`Ŵ = U V`, optimal for the layer's outputs on the calibration data, or for its weights.
+
+    `keep`: kept bytes over the targets' bytes, in (0, 1]. `weighting`: as in `SWSC`. `rank`: the same rank for
+    every target in place of `keep`. `allocation`: "global" spreads one budget over the targets, "uniform" gives each
+    its own share. `pivot`: store r² fewer numbers. Raises ValueError on other values.
+    """
+
+    keep: float = 0.8
+    weighting: str = "loss"
+    rank: int | None = None
+    allocation: str = "loss"
+    pivot: bool = True
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weighting != "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.as_swsc()
+
+    def as_swsc(self) -> swsc.SWSC:
+        return swsc.SWSC(
+            self.keep,
+            share="output",
+            weighting=self.weighting,
+            clusters=0,
+            rank=self.rank,
+            allocation=self.allocation,
+            pivot=self.pivot,
+            targets=self.targets,
+        )
+
+
+def _compress(weight: Tensor, statistics: Statistics | None, config: LowRank, budget: int | None) -> Packed | None:
+    return swsc.compress(weight, statistics, config.as_swsc(), budget)
+
+
+def _curve(weight: Tensor, statistics: Statistics | None, config: LowRank) -> Curve:
+    return swsc.curve(weight, statistics, config.as_swsc())
+
+
+METHODS[LowRank] = Method(
+    _compress,
+    _curve,
+    shared=lambda config: swsc.shares_budget(config.as_swsc()),
+    sensitive=lambda config: swsc.reads_loss(config.as_swsc()),
+)

@@ -1,0 +1,48 @@
+"""Round to nearest: the baseline that every quantizer is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pycompress.formats import Rounded
+from pycompress.methods.registry import METHODS, Method, Statistics
+from pycompress.recipe import Config
+
+
+@dataclass(frozen=True)
+class RTN(Config):
+    """Round each weight to the nearest of `2**bits` evenly spaced values between its group's least and greatest.
+
+    A group is `group_size` weights of a row, or the whole row for None. The model keeps ordinary linear layers with
+    the rounded values; bytes are counted as if they were packed, with a 16-bit scale and zero a group.
+
+    Reference: the baseline of arXiv:2501.08631, table 1.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_count("bits", 1)
+        self.check_count("group_size", 1)
+        if self.bits > 8:
+            raise ValueError(f"RTN.bits must be in 1 to 8, got {self.bits}")
+
+
+def _compress(weight: Tensor, statistics: Statistics | None, config: RTN, budget: int | None) -> Rounded:
+    n, k = weight.shape
+    size = config.group_size or k
+    if k % size:
+        raise ValueError(f"RTN.group_size must divide the {k} inputs of each row, got {size}")
+    groups = weight.float().view(n, k // size, size)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) / (2**config.bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = torch.round((groups - low) / scale) * scale + low
+    return Rounded(rounded.view(n, k).to(weight.dtype), config.bits, n * (k // size))
+
+
+METHODS[RTN] = Method(_compress)

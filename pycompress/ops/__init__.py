@@ -1,0 +1,28 @@
+"""The ops: torch.library schemas with a plain-torch reference, native CPU kernels and Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pycompress.ops._library import describe, kernel_in_use
+from pycompress.ops.gram import gram
+from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
+from pycompress.ops.lowrank import lowrank
+from pycompress.ops.shared_linear import shared_linear
+
+__all__ = [
+    "OPS",
+    "gram",
+    "kernel_in_use",
+    "kmeans",
+    "kmeans_plus_plus",
+    "lloyd",
+    "lloyd_points",
+    "lowrank",
+    "shared_linear",
+]
+
+# Op name -> a function that says which kernels it has on this installation.
+OPS: dict[str, Callable[[], str]] = dict.fromkeys(
+    ("gram", "kmeans_plus_plus", "lloyd", "lloyd_points", "lowrank", "shared_linear"), describe
+)

@@ -1,0 +1,85 @@
+"""The torch.library namespace of the ops, and who computes what on which device.
+
+Every op has a plain-torch reference as its default, so it works on any device; the native module and Triton
+replace it on the CPU and on CUDA when they are there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycompress import _ext
+
+LIBRARY = torch.library.Library("pycompress", "DEF")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_no_triton() -> str | None:
+    """One phrase on why the Triton kernels cannot be used, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("pycompress.kernels") is None:
+        return "pycompress is not installed, so pycompress.kernels is missing: run `pip install -e .`"
+    return None
+
+
+def triton_kernel(module: str, function: str) -> Callable[..., Any]:
+    """A launcher of `pycompress.kernels` that is imported on its first call, so that CPU use never loads Triton."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"pycompress.kernels.{module}"), function)(*args)
+
+    return launch
+
+
+def register(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+) -> Any:
+    """Define an op with its reference and fake, plus the `cpu` and `cuda` kernels where those exist."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pycompress::{name}", fake, lib=LIBRARY)
+    if _ext.C is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    if why_no_triton() is None:
+        LIBRARY.impl(name, cuda, "CUDA")
+    return getattr(torch.ops.pycompress, name).default
+
+
+def kernel_in_use(tensor: Tensor) -> str:
+    """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
+    if tensor.device.type == "cpu":
+        if _ext.C is None:
+            return f"reference ({_ext.why})"
+        if tensor.dtype not in NATIVE_DTYPES:
+            return f"reference (no native kernel for {tensor.dtype})"
+        return f"cpu {_ext.C.isa()}"
+    if tensor.device.type == "cuda":
+        reason = why_no_triton()
+        if reason is None and tensor.dtype not in NATIVE_DTYPES:
+            reason = f"no triton kernel for {tensor.dtype}"
+        return "triton" if reason is None else f"reference ({reason})"
+    return f"reference (no kernel for {tensor.device.type})"
+
+
+def describe() -> str:
+    """One line: which kernels an op has on this installation, for `pycompress info`."""
+    cpu = f"reference ({_ext.why})" if _ext.C is None else " ".join(_ext.C.isas())
+    reason = why_no_triton()
+    return f"cpu: {cpu}; cuda: {'triton' if reason is None else f'reference ({reason})'}"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics and factorisations are kept in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

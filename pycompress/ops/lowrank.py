@@ -1,0 +1,167 @@
+"""Leading eigenpairs of a Gram matrix whose rows and columns are centred within clusters.
+
+For `G = X Xᵀ` they are the optimal rank-r correction of `X` after its cluster means are taken away: with `U` the
+eigenvectors, `V = Uᵀ (X - ΠX)`. The centred matrix `(I - Π) G (I - Π)` is applied, never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pycompress import _ext
+from pycompress.ops._library import accumulator, register, triton_kernel
+
+# The Krylov space pays while it is smaller than this share of n; past it a full eigendecomposition is quicker.
+SPACE_LIMIT = 0.6
+
+Centre = Callable[[Tensor], Tensor]
+
+
+def lowrank_ref(
+    gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Plain torch on any device."""
+    gram = gram.to(accumulator(gram.dtype))
+    return _krylov(gram, omega.to(gram.dtype), rank, _centring(labels, clusters, gram), iterations)
+
+
+def _centring(labels: Tensor | None, clusters: int, like: Tensor) -> Centre:
+    """`y -> (I - Π) y`, the means taken as products so that the order of the sums is fixed on every device."""
+    if labels is None:
+        return lambda y: y
+    member = torch.nn.functional.one_hot(labels, clusters).to(like.dtype)  # [B, n, k]
+    average = (member / member.sum(1, keepdim=True).clamp(min=1)).mT
+    return lambda y: torch.baddbmm(y, member, average @ y, alpha=-1)
+
+
+def _krylov(gram: Tensor, omega: Tensor, rank: int, centre: Centre, iterations: int) -> tuple[Tensor, Tensor]:
+    """Block Krylov space of `iterations` blocks, then Rayleigh-Ritz on all of it.
+
+    Reference: Musco and Musco, arXiv:1504.05477, algorithm 2, on a symmetric matrix.
+    """
+    n, width = omega.shape[1:]
+    limits = torch.finfo(gram.dtype)
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=limits.tiny)
+    blocks = max(1, min(iterations, n // max(width, 1)))
+    basis = gram.new_empty((len(gram), n, blocks * width))
+    image = torch.empty_like(basis)
+    block = centre(gram @ centre(omega))
+    for step in range(blocks):
+        done, now = step * width, slice(step * width, (step + 1) * width)
+        # Noise at the level of rounding keeps the block of full rank where the matrix is not.
+        noise = omega.roll(step + 1, dims=1) * (10 * limits.eps / n)
+        basis[..., now] = _orthonormal(block / scale + noise, basis[..., :done])
+        image[..., now] = block = centre(gram @ centre(basis[..., now]))
+    small = (basis.mT @ image).double()
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    top = slice(vectors.shape[-1] - rank, None)
+    return (
+        basis @ vectors[..., top].flip(-1).to(gram.dtype),
+        values[..., top].flip(-1).clamp(min=0).to(gram.dtype),
+    )
+
+
+def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
+    """Columns spanning `block`, orthonormal and orthogonal to `basis`: three passes of shifted Cholesky QR.
+
+    Reference: Fukaya et al., arXiv:1809.11085.
+    """
+    eps = torch.finfo(block.dtype).eps
+    for shift in (11 * eps, eps, 0.0):
+        if basis.shape[-1]:
+            block = torch.baddbmm(block, basis, basis.mT @ block, alpha=-1)
+        inner = (block.mT @ block).double()
+        diagonal = inner.diagonal(dim1=1, dim2=2)
+        diagonal += shift * diagonal.sum(1, keepdim=True)
+        triangle = torch.linalg.cholesky(inner)
+        identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device).expand_as(inner)
+        block = block @ torch.linalg.solve_triangular(triangle, identity, upper=False).mT.to(block.dtype)
+    return block
+
+
+def _fake(
+    gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulator(gram.dtype)
+    return gram.new_empty((*gram.shape[:2], rank), dtype=dtype), gram.new_empty((len(gram), rank), dtype=dtype)
+
+
+def _cpu(
+    gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    if gram.dtype == torch.float64 or labels is None:
+        return lowrank_ref(gram, omega, rank, labels, clusters, iterations)
+    labels = labels.contiguous()
+
+    def centre(y: Tensor) -> Tensor:
+        centred = y.clone(memory_format=torch.contiguous_format)
+        batch, n, columns = y.shape
+        _ext.C.centre(centred.data_ptr(), labels.data_ptr(), batch, n, columns, clusters, _ext.threads())
+        return centred
+
+    return _krylov(gram.float(), omega.float(), rank, centre, iterations)
+
+
+_op = register(
+    "lowrank(Tensor gram, Tensor omega, int rank, Tensor? labels, int clusters, int iterations) -> (Tensor, Tensor)",
+    lowrank_ref,
+    _fake,
+    cpu=_cpu,
+    cuda=triton_kernel("lowrank", "lowrank_cuda"),
+)
+
+
+def lowrank(
+    gram: Tensor,
+    rank: int,
+    labels: Tensor | None = None,
+    clusters: int = 0,
+    seed: int = 0,
+    iterations: int = 4,
+    oversample: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of `(I - Π) G (I - Π)`, Π averaging within labels; of `G` when there are none.
+
+    `gram [B, n, n]` symmetric, the B optional; `labels [B, n]` int64 below `clusters`; `iterations` blocks in the
+    Krylov space, of `rank + oversample` columns each (32 more by default). Gives `u [B, n, rank]` with orthonormal
+    columns and eigenvalues `[B, rank]` in falling order, float32 (float64 for float64). Columns past n are zero. Takes
+    a full eigendecomposition when the space would be too large to pay. Raises ValueError on other shapes or a
+    negative rank.
+    """
+    if gram.dim() == 2:
+        one = None if labels is None else labels[None]
+        u, values = lowrank(gram[None], rank, one, clusters, seed, iterations, oversample)
+        return u[0], values[0]
+    _check(gram, rank, labels, clusters)
+    n = gram.shape[-1]
+    width = rank + (32 if oversample is None else oversample)
+    if not rank or iterations * width > SPACE_LIMIT * n:
+        return _exact(gram, rank, labels, clusters)
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn((n, width), generator=generator, dtype=accumulator(gram.dtype)).to(gram.device)
+    return _op(gram, omega.expand(len(gram), -1, -1), rank, labels, clusters, iterations)
+
+
+def _exact(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
+    gram = gram.to(accumulator(gram.dtype))
+    centre = _centring(labels, clusters, gram)
+    centred = centre(centre(gram).mT.contiguous())
+    values, vectors = torch.linalg.eigh((centred + centred.mT) / 2)
+    missing = max(0, rank - gram.shape[-1])
+    kept = slice(gram.shape[-1] - (rank - missing), None)
+    u, values = vectors[..., kept].flip(-1), values[..., kept].flip(-1).clamp(min=0)
+    return torch.nn.functional.pad(u, (0, missing)).contiguous(), torch.nn.functional.pad(values, (0, missing))
+
+
+def _check(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> None:
+    if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or not gram.is_floating_point():
+        raise ValueError(f"gram must be floating point, [n, n] or [B, n, n], got {gram.dtype} {tuple(gram.shape)}")
+    if rank < 0:
+        raise ValueError(f"rank must be 0 or more, got {rank}")
+    if labels is not None and (labels.shape != gram.shape[:2] or clusters < 1):
+        raise ValueError(
+            f"labels must be {tuple(gram.shape[:2])} with clusters >= 1, got {tuple(labels.shape)} and {clusters=}"
+        )

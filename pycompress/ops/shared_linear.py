@@ -1,0 +1,327 @@
+"""Linear layer whose channels share centroids, with a low-rank correction; the dense weight is never formed.
+
+M tokens, N outputs, K inputs, k clusters, r rank.
+share="output": `weight [k + r, K] = [C; V]`, `factor U [N, r]`, one label a row: `y = (x Cᵀ)[:, labels] + (x Vᵀ) Uᵀ`.
+share="input": `weight [N, k + r] = [Cᵀ | U]`, `factor V [r, K]`, one label a column: `y = [s, x Vᵀ] weightᵀ` with
+`s[:, c]` the sum of the `x[:, j]` whose label is c.
+Pivoted: `channels`, a permutation of the N or K channels, has r pivots first, whose part of the factor is the identity
+and is not stored; `factor` is `U [N - r, r]` or `V [r, K - r]` of the channels after them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pycompress import _ext
+from pycompress.ops._library import kernel_in_use, register, triton_kernel
+
+__all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
+
+# csrc/cpu/kernels.h, enum Dtype.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None]
+
+
+def shared_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
+) -> Tensor:
+    """Plain torch in the dtype of `x`."""
+    if share_input:
+        return F.linear(_reduced(x, factor, labels, channels, weight.shape[1] - factor.shape[0]), weight, bias)
+    clusters = weight.shape[0] - factor.shape[1]
+    stacked = F.linear(x, weight)  # [..., k + r]
+    low = stacked[..., clusters:]
+    y = F.linear(low, factor)
+    if channels is not None:
+        y = _restored(torch.cat([low, y], dim=-1), channels)
+    if labels is not None:
+        y = y + stacked[..., :clusters].index_select(-1, labels.int())
+    return y if bias is None else y + bias
+
+
+def _reduced(x: Tensor, factor: Tensor, labels: Tensor | None, channels: Tensor | None, clusters: int) -> Tensor:
+    """`[s, x Vᵀ]`: inputs summed by label in float32, then the low-rank part."""
+    if channels is None:
+        low = F.linear(x, factor)
+    else:
+        pivots, rest = _permuted(x, channels, len(factor))
+        low = pivots + F.linear(rest, factor)
+    return low if labels is None else torch.cat([_sum_by_label(x, labels, clusters).to(x.dtype), low], dim=-1)
+
+
+def _permuted(values: Tensor, channels: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Columns in the order of `channels`: the pivots, then the rest."""
+    ordered = values.index_select(-1, channels.int())
+    return ordered[..., :rank], ordered[..., rank:]
+
+
+def _restored(values: Tensor, channels: Tensor) -> Tensor:
+    """Columns that are in the order of `channels` back in their own."""
+    return torch.empty_like(values).index_copy(-1, channels.long(), values)
+
+
+def _sum_by_label(values: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """Columns of `values [..., n]` summed by label, `[..., clusters]`, at least float32."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide.new_zeros((*values.shape[:-1], clusters)).index_add(-1, labels.int(), wide)
+
+
+def _outputs(weight: Tensor, factor: Tensor, channels: Tensor | None, share_input: bool) -> int:
+    if share_input:
+        return weight.shape[0]
+    return factor.shape[0] if channels is None else channels.shape[0]
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
+
+
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
+) -> Tensor:
+    if x.dtype not in DTYPE_CODES:
+        return shared_linear_ref(x, weight, factor, labels, channels, bias, share_input)
+    shape = x.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    rank, stacked = (factor.shape[0], weight.shape[1]) if share_input else (factor.shape[1], weight.shape[0])
+    outputs = _outputs(weight, factor, channels, share_input)
+    y = torch.empty((*shape[:-1], outputs), dtype=x.dtype)
+    # Held here until the call is over: an address keeps no temporary alive.
+    tensors = [
+        t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, factor, labels, channels, bias)
+    ]
+    index = labels if labels is not None else channels
+    _ext.C.shared_linear(
+        rows.data_ptr(),
+        *[0 if t is None else t.data_ptr() for t in tensors],
+        y.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        outputs,
+        stacked - rank,
+        rank,
+        rows.stride(0),
+        DTYPE_CODES[x.dtype],
+        index is not None and index.dtype == torch.int32,
+        share_input,
+        _ext.threads(),
+    )
+    return y
+
+
+_triton = triton_kernel("shared_linear", "shared_linear_cuda")
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
+) -> Tensor:
+    """The kernel takes whole factors: the pivots' identity is written out for it."""
+    if channels is not None:
+        along = 1 if share_input else 0
+        identity = torch.eye(factor.shape[1 - along], dtype=factor.dtype, device=factor.device)
+        whole = torch.cat([identity, factor], dim=along)
+        factor = torch.empty_like(whole).index_copy_(along, channels.long(), whole)
+    return _triton(x, weight, factor, labels, bias, share_input)
+
+
+def shared_linear_cuda_native(
+    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, share_input: bool
+) -> Tensor:
+    """The few-token CUDA kernel of csrc/cuda: for tests and benchmarks, Triton being the op's CUDA implementation.
+
+    Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
+    """
+    if _ext.C is None or not hasattr(_ext.C, "shared_linear_cuda"):
+        raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
+    if not x.is_cuda or x.dtype not in DTYPE_CODES:
+        raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
+    if labels is not None and labels.dtype != torch.int16:
+        raise ValueError(f"labels must be int16 for this kernel, got {labels.dtype}")
+    rows, weight, factor = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), factor.contiguous()
+    outputs, rank = (weight.shape[0], factor.shape[0]) if share_input else factor.shape
+    clusters = weight.shape[1 if share_input else 0] - rank
+    y = x.new_empty((*x.shape[:-1], outputs))
+    reduced = x.new_empty((len(rows), clusters + rank), dtype=torch.float32)
+    labels, bias = (t if t is None else t.contiguous() for t in (labels, bias))
+    tensors = (rows, weight, factor, labels, bias, reduced, y)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _ext.C.shared_linear_cuda(
+            *map(_ext.address, tensors), *rows.shape, outputs, clusters, rank, DTYPE_CODES[x.dtype], share_input, stream
+        )
+    return y
+
+
+_op = register(
+    "shared_linear(Tensor x, Tensor weight, Tensor factor, Tensor? labels, Tensor? channels, Tensor? bias, "
+    "bool share_input) -> Tensor",
+    shared_linear_ref,
+    _fake,
+    cpu=_cpu,
+    cuda=_cuda,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, factor, labels, channels, bias, ctx.share_input = inputs
+    ctx.save_for_backward(x, weight, factor, labels, channels)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> Gradients:
+    x, weight, factor, labels, channels = ctx.saved_tensors
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    needed = ctx.needs_input_grad
+    backward = _backward_input if ctx.share_input else _backward_output
+    grad_x, grad_weight, grad_factor = backward(grad_rows, rows, weight, factor, labels, channels, needed)
+    grad_x = None if grad_x is None else grad_x.reshape(x.shape)
+    grad_bias = grad_rows.sum(0) if ctx.has_bias and needed[5] else None
+    return grad_x, grad_weight, grad_factor, None, None, grad_bias, None
+
+
+def _backward_output(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rank = factor.shape[1]
+    clusters = weight.shape[0] - rank
+    pivots, rest = (None, grad) if channels is None else _permuted(grad, channels, rank)
+    grad_stacked = rest @ factor if pivots is None else pivots + rest @ factor
+    if labels is not None:
+        grad_stacked = torch.cat([_sum_by_label(grad, labels, clusters).to(grad.dtype), grad_stacked], dim=1)
+    return (
+        grad_stacked @ weight if needed[0] else None,
+        grad_stacked.T @ x if needed[1] else None,
+        rest.T @ F.linear(x, weight[clusters:]) if needed[2] else None,
+    )
+
+
+def _backward_input(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rank = factor.shape[0]
+    clusters = weight.shape[1] - rank
+    grad_reduced = grad @ weight  # [M, k + r]
+    grad_low = grad_reduced[:, clusters:]
+    grad_x = grad_low @ factor if needed[0] else None
+    if grad_x is not None and channels is not None:
+        grad_x = _restored(torch.cat([grad_low, grad_x], dim=1), channels)
+    if grad_x is not None and labels is not None:
+        grad_x = grad_x + grad_reduced[:, :clusters].index_select(1, labels.int())
+    rest = x if channels is None else _permuted(x, channels, rank)[1]
+    return (
+        grad_x,
+        grad.T @ _reduced(x, factor, labels, channels, clusters) if needed[1] else None,
+        grad_low.T @ rest if needed[2] else None,
+    )
+
+
+torch.library.register_autograd("pycompress::shared_linear", _backward, setup_context=_save)
+
+
+def shared_linear(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    share: str,
+) -> Tensor:
+    """Apply a packed linear layer to `x` without restoring its weight.
+
+    `x [..., K]`, any layout, float32, bfloat16 or float16; `weight` and `factor` as in the module's docstring and of
+    the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None when k = 0; `channels`
+    of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the dtype of `x`, accumulated
+    in float32. Differentiable in x, weight, factor and bias. Raises ValueError on sizes that do not fit and TypeError
+    on dtypes that differ. Reference: arXiv:2501.08631, section 3.
+    """
+    if share not in ("output", "input"):
+        raise ValueError(f'share must be "output" or "input", got {share!r}')
+    _check_dtypes(x, weight, factor, labels, channels, bias)
+    _check_sizes(x, weight, factor, labels, channels, bias, share)
+    return _op(x, weight, factor, labels, channels, bias, share == "input")
+
+
+def _check_dtypes(
+    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, channels: Tensor | None, bias: Tensor | None
+) -> None:
+    if not x.dtype == weight.dtype == factor.dtype or (bias is not None and bias.dtype != x.dtype):
+        given = [str(t.dtype) for t in (x, weight, factor, bias) if t is not None]
+        raise TypeError(f"x, weight, factor and bias must share one dtype, got {', '.join(given)}: convert x first")
+    indices = [t.dtype for t in (labels, channels) if t is not None]
+    if any(dtype not in (torch.int16, torch.int32) or dtype != indices[0] for dtype in indices):
+        raise TypeError(f"labels and channels must both be int16 or both int32, got {', '.join(map(str, indices))}")
+
+
+def _check_sizes(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share: str,
+) -> None:
+    along = 0 if share == "output" else 1
+    rank = factor.shape[1 - along]
+    shared = factor.shape[along] + (0 if channels is None else rank)
+    clusters = weight.shape[along] - rank
+    outputs, inputs = (shared, weight.shape[1]) if share == "output" else (weight.shape[0], shared)
+    if x.shape[-1] != inputs:
+        raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
+    if clusters < 0:
+        raise ValueError(f"the rank {rank} of factor {tuple(factor.shape)} exceeds weight {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must be [{outputs}], got {tuple(bias.shape)}")
+    if (labels is None) != (clusters == 0):
+        given = "None" if labels is None else tuple(labels.shape)
+        raise ValueError(f"labels must be given exactly when there are clusters, got k = {clusters} and {given}")
+    for name, index in (("labels", labels), ("channels", channels)):
+        if index is not None and index.shape != (shared,):
+            raise ValueError(f"{name} must be [{shared}], got {tuple(index.shape)}")

@@ -1,0 +1,79 @@
+"""What will be done to a model: one step a matrix. Pure and printable; knows names and shapes only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from pycompress.groups import blocks, select
+from pycompress.recipe import Config, Recipe
+from pycompress.replace import check_replaceable, dense_weight
+
+
+@dataclass(frozen=True)
+class Step:
+    """One matrix `[N, K]` and the config that compresses it. `budget`: bytes it may take, None where it chooses."""
+
+    name: str
+    block: int
+    role: str
+    shape: tuple[int, int]
+    nbytes: int
+    config: Config
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order of execution, over `depth` blocks."""
+
+    steps: tuple[Step, ...]
+    depth: int
+
+    def by_block(self) -> Iterator[tuple[int, list[Step]]]:
+        """Blocks that have steps, each with its steps."""
+        for block, steps in groupby(self.steps, key=lambda step: step.block):
+            yield block, list(steps)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(step.config.needs_calibration for step in self.steps)
+
+    def with_budgets(self, budgets: dict[str, int]) -> Plan:
+        steps = tuple(dataclasses.replace(s, budget=budgets.get(s.name, s.budget)) for s in self.steps)
+        return dataclasses.replace(self, steps=steps)
+
+    def __str__(self) -> str:
+        rows = [f"{'module':<44}{'shape':>14}{'bytes':>12}{'budget':>12}  config"]
+        for s in self.steps:
+            budget = "" if s.budget is None else f"{s.budget}"
+            rows.append(f"{s.name:<44}{'x'.join(map(str, s.shape)):>14}{s.nbytes:>12}{budget:>12}  {s.config.name}")
+        return "\n".join(rows)
+
+
+def plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """The steps a recipe takes on a model, nothing loaded or run.
+
+    Raises `ValueError` for an unknown architecture, a target that names nothing or cannot be replaced (see
+    `check_replaceable`), or a matrix two configs claim.
+    """
+    claimed: dict[str, Step] = {}
+    for config in recipe:
+        for linear in select(model, config.targets):
+            if linear.name in claimed:
+                raise ValueError(
+                    f"{linear.name} is a target of both {claimed[linear.name].config.name} and {config.name}; "
+                    f"give the two different targets"
+                )
+            check_replaceable(model, linear.name)
+            weight = dense_weight(model.get_submodule(linear.name))
+            shape = (weight.shape[0], weight.shape[1])
+            nbytes = weight.numel() * weight.element_size()
+            claimed[linear.name] = Step(linear.name, linear.block, linear.role, shape, nbytes, config)
+    order = {linear.name: index for index, linear in enumerate(select(model, None))}
+    steps = sorted(claimed.values(), key=lambda step: order[step.name])
+    return Plan(tuple(steps), len(blocks(model)))

@@ -1,0 +1,126 @@
+"""Puts packed weights into a model, one module at a time: the only file that changes the user's model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pycompress import hub
+from pycompress.formats import Packed, Rounded, SharedChannels
+from pycompress.layers import SharedLinear
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of an `nn.Linear` or of transformers' `Conv1D` as `[N, K]`, detached and contiguous.
+
+    Shares memory with the module where its layout allows. Raises `ValueError` for other modules.
+    """
+    shape = hub.linear_shape(module)
+    if shape is None:
+        raise ValueError(_not_a_linear(module))
+    weight = module.get_parameter("weight").detach()
+    return (weight if isinstance(module, nn.Linear) else weight.T).contiguous()
+
+
+def check_replaceable(model: nn.Module, name: str) -> None:
+    """Raise `ValueError` unless `replace` can take the module called `name`.
+
+    Refused: a model or module of another quantization method, a module that is compressed already, is neither an
+    `nn.Linear` nor a `Conv1D`, has hooks, or shares its weight with another.
+    """
+    hub.check_not_quantized(model)
+    module = _submodule(model, name)
+    if isinstance(module, SharedLinear) or name in hub.compressed_modules(model):
+        raise ValueError(f"{name} is compressed already; start from the dense model")
+    if hub.linear_shape(module) is None:
+        raise ValueError(f"{name}: {_not_a_linear(module)}")
+    if any(getattr(module, hooks) for hooks in HOOKS) or hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{name} has hooks, which would be lost with it; remove them first "
+            f"(accelerate's with accelerate.hooks.remove_hook_from_submodules(model))"
+        )
+    tied = [
+        other
+        for other, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is module.weight and other != f"{name}.weight"
+    ]
+    if tied:
+        raise ValueError(f"{name}.weight is tied to {', '.join(tied)}; leave it out of targets or untie it first")
+
+
+@torch.no_grad()
+def replace(model: nn.Module, name: str, packed: Packed) -> None:
+    """Give the module called `name` the weight `packed`, and record that on the model so that it is saved.
+
+    `SharedChannels` swaps the module for a `SharedLinear` on the same device, in the same dtype and mode, with the
+    same bias; `Rounded` gives the module a new weight. Raises `ValueError` as `check_replaceable` does, and
+    for a packed weight of another shape, leaving the model as it was.
+    """
+    check_replaceable(model, name)
+    module = _submodule(model, name)
+    shape = hub.linear_shape(module)
+    if packed.shape != shape:
+        raise ValueError(f"{name} is {list(shape or ())}, its packed weight {list(packed.shape)}")
+    if isinstance(packed, Rounded):
+        weight = module.get_parameter("weight")
+        values = (packed.values if isinstance(module, nn.Linear) else packed.values.T).to(weight.device, weight.dtype)
+        module.register_parameter("weight", nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad))
+    else:
+        # A packed `weight` of the dense shape would load into the dense module where pycompress is not imported.
+        if packed.weight.shape == module.weight.shape:
+            raise ValueError(
+                f"{name}: {packed.clusters} clusters and rank {packed.rank} take at least the bytes of the dense "
+                f"{list(packed.shape)}; use fewer, or leave the module dense"
+            )
+        model.set_submodule(name, _shared_linear(module, packed))
+    hub.record(model, name, packed.spec())
+
+
+class Undo:
+    """Puts a model's modules back as they were, for a compression that did not come to its end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.dense: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+
+    def note(self, name: str) -> None:
+        """Keep the module called `name`, and its weight, before they are replaced."""
+        module = self.model.get_submodule(name)
+        self.dense[name] = (module, module.get_parameter("weight"))
+
+    def all(self) -> None:
+        for name, (module, weight) in self.dense.items():
+            module.register_parameter("weight", weight)
+            self.model.set_submodule(name, module)
+        hub.forget(self.model, list(self.dense))
+        self.dense.clear()
+
+
+def _shared_linear(module: nn.Module, packed: SharedChannels) -> SharedLinear:
+    weight = module.get_parameter("weight")
+    layer = hub.empty_layer(packed.spec(), bias=module.bias is not None, dtype=weight.dtype, device="meta")
+    for key, tensor in packed.tensors().items():
+        if tensor.is_floating_point():
+            values = tensor.detach().to(weight.device, weight.dtype)
+            layer.register_parameter(key, nn.Parameter(values, requires_grad=weight.requires_grad))
+        else:
+            layer.register_buffer(key, tensor.to(weight.device))
+    if module.bias is not None:
+        layer.bias = module.get_parameter("bias")
+    return layer.train(module.training)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+
+
+def _not_a_linear(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__} is neither torch.nn.Linear nor transformers' Conv1D; "
+        f"load the model without quantization, adapters or parametrizations"
+    )

@@ -1,0 +1,104 @@
+"""What a compression did: a row a module, totals, as text, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: its packed format, bytes before and after (as the format counts them) and as stored in a file,
+    the relative output error `‖(W - Ŵ)X‖ / ‖WX‖` (of the weights where there was no calibration), seconds spent.
+    """
+
+    name: str
+    block: int
+    format: str
+    before: int
+    after: int
+    stored: int
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Total:
+    """Bytes of a part of the model before and after; `keep` is after over before."""
+
+    before: int
+    after: int
+
+    @property
+    def keep(self) -> float:
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """`targets`: the matrices the recipe named. `decoder`: all tensors of the decoder blocks. `file`: every tensor, as
+    `save_pretrained` stores it. `recipe`: the settings as plain values.
+    """
+
+    rows: tuple[Row, ...]
+    targets: Total
+    decoder: Total
+    file: Total
+    recipe: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'module':<42}{'format':<30}{'bytes':>11}{'keep':>8}{'error':>9}{'seconds':>9}"]
+        for row in self.rows:
+            keep = row.after / row.before
+            lines.append(
+                f"{row.name:<42}{row.format:<30}{row.after:>11}{keep:>8.3f}{row.error:>9.4f}{row.seconds:>9.2f}"
+            )
+        for name in ("targets", "decoder", "file"):
+            total: Total = getattr(self, name)
+            lines.append(f"{name:<8}{total.before:>14} -> {total.after:>13} bytes, keep {total.keep:.4f}")
+        return "\n".join(lines)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, written to `path` too where one is given. An error that is not known is null."""
+        totals = {name: asdict(total) | {"keep": total.keep} for name, total in self._totals()}
+        rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.rows]
+        text = json.dumps({"recipe": self.recipe, **totals, "rows": rows}, indent=1)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote."""
+        data = json.loads(text)
+        rows = (row | {"error": math.nan if row["error"] is None else row["error"]} for row in data["rows"])
+        totals = {name: Total(data[name]["before"], data[name]["after"]) for name in ("targets", "decoder", "file")}
+        return cls(tuple(Row(**row) for row in rows), recipe=data["recipe"], **totals)
+
+    def plot(self, path: str | Path) -> None:
+        """Kept bytes and output error of every module over depth, as an image; needs `pip install pycompress[plot]`."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Report.plot needs matplotlib: pip install pycompress[plot]") from error
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        keep_axis, error_axis = figure.subplots(2, 1, sharex=True)
+        kinds = sorted({row.name.rsplit(".", 1)[-1] for row in self.rows})
+        for kind in kinds:
+            rows = [row for row in self.rows if row.name.rsplit(".", 1)[-1] == kind]
+            depth = [row.block for row in rows]
+            keep_axis.plot(depth, [row.after / row.before for row in rows], marker="o", label=kind)
+            error_axis.plot(depth, [row.error for row in rows], marker="o", label=kind)
+        keep_axis.set_ylabel("kept bytes")
+        keep_axis.set_ylim(0, 1.05)
+        error_axis.set_ylabel("relative output error")
+        error_axis.set_ylim(bottom=0)
+        error_axis.set_xlabel("decoder block")
+        keep_axis.legend(ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.2), frameon=False)
+        figure.savefig(path, dpi=120)
+
+    def _totals(self) -> list[tuple[str, Total]]:
+        return [("targets", self.targets), ("decoder", self.decoder), ("file", self.file)]

@@ -1,0 +1,131 @@
+"""Tiny random models of every supported architecture, built from configs: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pycompress import groups
+from pycompress.formats import SharedChannels, pack_shared
+from pycompress.replace import dense_weight, replace
+
+COMMON = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GQA = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ONE_KV_HEAD_A_HEAD = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LOCAL_AND_GLOBAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+# class: (config class, its sizes)
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", GQA | {"attention_bias": True, "mlp_bias": True}),
+    "MistralForCausalLM": ("MistralConfig", GQA | {"head_dim": 24, "sliding_window": 8}),
+    "Qwen2ForCausalLM": ("Qwen2Config", GQA | {"tie_word_embeddings": True}),
+    "Qwen3ForCausalLM": ("Qwen3Config", GQA | {"head_dim": 32}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", GQA | {"head_dim": 32} | LOCAL_AND_GLOBAL),
+    "OPTForCausalLM": ("OPTConfig", ONE_KV_HEAD_A_HEAD | {"ffn_dim": 112, "word_embed_proj_dim": 48}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", ONE_KV_HEAD_A_HEAD | {"intermediate_size": 112}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_inner": 112, "n_layer": 2, "n_head": 4}),
+    "Phi3ForCausalLM": ("Phi3Config", GQA),
+}
+
+
+def tiny_model(class_name: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A random model of a supported class, in eval mode and float32, its biases and norms random too."""
+    config_name, sizes = TINY[class_name]
+    config = getattr(transformers, config_name)(**(COMMON | sizes | overrides))
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embed" not in name:
+                # Weights large enough that a wrong one shows in the logits.
+                parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(name="tiny_model", scope="session")
+def tiny_model_fixture() -> Callable[..., transformers.PreTrainedModel]:
+    """The builder itself: `tiny_model(class_name, **config_overrides)`."""
+    return tiny_model
+
+
+@pytest.fixture(params=sorted(TINY))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """The name of each supported model class in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def every_architecture() -> list[str]:
+    return sorted(TINY)
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> torch.Tensor:
+    """Ids `[2, 13]`, longer than the tiny models' sliding window."""
+    return torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A packed weight and, computed apart from it, the dense matrix it must equal."""
+
+    packed: SharedChannels
+    dense: torch.Tensor
+
+
+def pack_by_hand(weight: torch.Tensor, share: str, clusters: int, rank: int, pivot: bool = False) -> ByHand:
+    """Share channels of `weight [N, K]` by index modulo `clusters`, and correct with the residual's SVD."""
+    points = weight if share == "output" else weight.T
+    labels = torch.arange(len(points)) % clusters if clusters else None
+    centroids = points[:0]
+    base = torch.zeros_like(points)
+    if labels is not None:
+        centroids = torch.stack([points[labels == label].mean(0) for label in range(clusters)])
+        base = torch.stack([centroids[label] for label in labels])
+    base = base if share == "output" else base.T
+    left, scale, right = torch.linalg.svd((weight - base).double(), full_matrices=False)
+    u, v = (left[:, :rank] * scale[:rank]).to(weight), right[:rank].to(weight)
+    dense = base.double() + u.double() @ v.double()
+    return ByHand(pack_shared(share, centroids, u, v, labels, weight.dtype, pivot), dense.to(weight))
+
+
+# (share, clusters, rank, pivot): both kinds with and without clusters, rank and pivots.
+VARIANTS = [
+    ("output", 5, 7, True),
+    ("input", 5, 7, False),
+    ("output", 0, 7, False),
+    ("input", 0, 7, True),
+    ("output", 9, 0, False),
+]
+
+
+def compress_by_hand(model: transformers.PreTrainedModel, names: list[str] | None = None) -> dict[str, ByHand]:
+    """Replace the modules called `names`, by default every block linear of `model`, the variants in turn."""
+    made = {}
+    for index, name in enumerate(names or [linear.name for linear in groups.linears(model)]):
+        made[name] = pack_by_hand(dense_weight(model.get_submodule(name)), *VARIANTS[index % len(VARIANTS)])
+        replace(model, name, made[name].packed)
+    return made
+
+
+@pytest.fixture(name="pack_by_hand", scope="session")
+def pack_by_hand_fixture() -> Callable[..., ByHand]:
+    return pack_by_hand
+
+
+@pytest.fixture(name="compress_by_hand", scope="session")
+def compress_by_hand_fixture() -> Callable[..., dict[str, ByHand]]:
+    return compress_by_hand

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from pycompress.cli import app
+from pycompress.measure import perplexity
+from pycompress.ops import OPS
+
+TEXT = "A compressed model must say what it lost. " * 12
+
+
+def byte_tokenizer():
+    """One id a byte, after <bos>, <eos> and <pad>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """A folder with a tiny Llama and its tokenizer, and a text file beside it."""
+    tiny_model("LlamaForCausalLM", vocab_size=300, max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_info_names_every_op_and_the_versions():
+    result = call("info")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in OPS)
+    assert torch.__version__ in result.stdout
+    assert set(json.loads(call("info", "--json").stdout)["ops"]) == set(OPS)
+
+
+def test_perplexity_prints_what_the_function_gives(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved / "model")
+    expected = perplexity(model, byte_tokenizer(), TEXT, window=64)
+    result = call(
+        "perplexity", saved / "model", "--text", saved / "text.txt", "--window", 64, "--json", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_speed_compares_the_models_it_is_given(saved):
+    result = call("speed", saved / "model", "--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "decode" in result.stdout
+    assert str(saved / "model") in result.stdout
+
+
+def test_compress_saves_a_model_that_loads_and_scores(saved):
+    out = saved / "out"
+    result = call(
+        *("compress", saved / "model", "SWSC", "--set", "keep=0.5", "--out", out, "--calibration", saved / "text.txt"),
+        *("--window", 32, "--windows", 4, "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((out / "report.json").read_text())
+    assert call("perplexity", out, "--text", saved / "text.txt", "--window", 64, "--device", "cpu").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("perplexity", "{}/nothing", "--text", "{}/text.txt"), "it has no config.json"),
+        (("perplexity", "{}/model", "--text", "{}/nothing"), "cannot read the text"),
+        (("perplexity", "{}/model", "--text", "{}/text.txt", "--window", "1"), "window must be at least 2"),
+        (("perplexity", "{}/model", "--text", "{}/text.txt", "--dtype", "int3"), "dtype must be"),
+        (("speed", "{}/model", "--prompt", "1000", "--device", "cpu"), "128 positions"),
+        (("compress", "{}/model", "SWCS", "-o", "{}/out"), "SWCS"),
+        (("compress", "{}/model", "SWSC", "--set", "keep=1.5", "-o", "{}/out"), "keep must be in (0, 1], got 1.5"),
+        (("compress", "{}/model", "SWSC", "--set", "keep", "-o", "{}/out"), "--set takes name=value"),
+        (("compress", "{}/model", "RTN", "--set", "bits=4", "-o", "{}/text.txt/out"), "cannot write to"),
+    ],
+)
+def test_an_expected_error_is_one_sentence_with_exit_code_1(arguments, message, saved):
+    result = call(*(argument.format(saved) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    # A progress bar of loading may come before it.
+    assert result.stderr.rstrip("\n").splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [("perplexity",), ("nothing",), ("speed", "--batch", "many")])
+def test_wrong_usage_has_exit_code_2(arguments):
+    assert call(*arguments).exit_code == 2
+
+
+def test_a_file_and_texts_to_calibrate_on_are_one_too_many(saved):
+    result = call("compress", saved / "model", "SWSC", "-o", saved / "out", "--calibration", saved, "--text", "a")
+    assert result.exit_code == 2

@@ -1,0 +1,156 @@
+"""Every kernel compiled ahead of time as its launcher asks for it, without a GPU: its resources and its instructions.
+
+The launchers run on CPU tensors with Triton's launch replaced by a recorder; nothing is computed.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A list that fills with (kernel, positional arguments, named arguments) instead of anything being launched."""
+    recorded = []
+
+    def record(self, *args, grid, warmup, **named):
+        recorded.append((self, args, named))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    # What no kernel writes here is read as labels: keep it in range.
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    return recorded
+
+
+def compiled(kernel, args, named, capability):
+    """The launch compiled as Triton would specialise it: ones are constants, multiples of 16 are known as such."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | named
+    options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+    signature, constants, known = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                known[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=known)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spills(cubin, folder):
+    """Loads and stores of local memory in the machine code: registers that did not suffice."""
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    assert tool, "neither Triton nor CUDA brings a cuobjdump"
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    code = subprocess.run([tool, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in code
+    return len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+
+def check(launches, capability, folder, products=()):
+    """Compile what was launched; `products` names the kernels whose 16-bit or TF32 products must be the chip's own."""
+    assert launches
+    for kernel, args, named in launches:
+        result = compiled(kernel, args, named, capability)
+        where = f"{kernel.__name__} for sm_{capability}, {[str(t.dtype) for t in args if isinstance(t, torch.Tensor)]}"
+        assert result.metadata.shared <= SHARED_LIMIT[capability], where
+        assert spills(result.asm["cubin"], folder) == 0, where
+        if kernel.__name__ in products:
+            assert ("wgmma" if capability == 90 else "mma.sync") in result.asm["ptx"], where
+    assert set(products) <= {kernel.__name__ for kernel, _, _ in launches}
+
+
+def layer(share, dtype, outputs=4096, inputs=1024, k=512, r=64):
+    stacked, other = ((k + r, inputs), (outputs, r)) if share == "output" else ((outputs, k + r), (r, inputs))
+    labels = torch.zeros(outputs if share == "output" else inputs, dtype=torch.int16)
+    return torch.zeros(stacked, dtype=dtype), torch.zeros(other, dtype=dtype), labels, torch.zeros(outputs, dtype=dtype)
+
+
+both = pytest.mark.parametrize("capability", [80, 90])
+
+
+@both
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(1, torch.bfloat16), (64, torch.bfloat16), (512, torch.bfloat16), (64, torch.float32)],
+    ids=str,
+)
+def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, capability, launches, tmp_path):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    for share in ("output", "input"):
+        shared_linear_cuda(torch.zeros(tokens, 1024, dtype=dtype), *layer(share, dtype), share == "input")
+    products = {1: (), 64: ("_split_kernel",), 512: ("_expand_kernel",)}[tokens]
+    check(launches, capability, tmp_path, products)
+
+
+@both
+def test_shared_linear_fits_in_float16_and_at_odd_sizes(capability, launches, tmp_path):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    for share in ("output", "input"):
+        odd = layer(share, torch.float16, 63, 1001, 9, 5)
+        shared_linear_cuda(torch.zeros(33, 1001, dtype=torch.float16), *odd, share == "input")
+    check(launches, capability, tmp_path, ("_split_kernel",))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gram_fits_and_multiplies_on_tensor_cores(dtype, capability, launches, tmp_path):
+    from pycompress.kernels.gram import gram_cuda
+
+    gram_cuda(torch.zeros(512, 512, dtype=dtype) if dtype != torch.float16 else torch.zeros(63, 65, dtype=dtype))
+    check(launches, capability, tmp_path, ("_gram_kernel",))
+
+
+@both
+@pytest.mark.parametrize("n", [63, 4096])
+def test_seeding_fits(n, capability, launches, tmp_path):
+    from pycompress.kernels.seeding import kmeans_plus_plus_cuda
+
+    kmeans_plus_plus_cuda(torch.zeros(1, 1, 1).expand(1, n, n), torch.zeros(1, 9, 8), torch.ones(1, n))
+    check(launches, capability, tmp_path)
+
+
+@both
+def test_lloyd_fits_on_a_gram_matrix_and_multiplies_on_tensor_cores_on_points(capability, launches, tmp_path):
+    from pycompress.kernels.lloyd import lloyd_cuda, lloyd_points_cuda
+
+    seeds = torch.arange(16)[None]
+    lloyd_cuda(torch.zeros(1, 256, 256), seeds, 0)
+    lloyd_points_cuda(torch.zeros(1, 63, 65), seeds, 0)
+    check(launches, capability, tmp_path, ("_nearest_point_kernel",))
+
+
+@both
+def test_centring_of_the_low_rank_iteration_fits(capability, launches, tmp_path):
+    from pycompress.kernels.segments import group_by_label, segment_centre_
+
+    groups = group_by_label(torch.zeros(1, 64, dtype=torch.int64), 5)
+    segment_centre_(torch.zeros(1, 64, 160), *groups)
+    check(launches, capability, tmp_path)

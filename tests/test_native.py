@@ -1,0 +1,163 @@
+"""The build: what is there, how a level is chosen, what happens without a native module."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pycompress import _ext, ops
+from pycompress.ops.shared_linear import shared_linear_cuda_native
+
+ROOT = Path(__file__).parents[1]
+native = pytest.mark.skipif(_ext.C is None, reason=f"no native module: {_ext.why}")
+
+
+# Stands for the package without its own imports: transformers takes seconds and has no part in these tests.
+PACKAGE = f"""
+import sys, types
+sys.modules["pycompress"] = package = types.ModuleType("pycompress")
+package.__path__ = [{str(Path(_ext.__file__).parent)!r}]
+"""
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PACKAGE + code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+@native
+def test_build_info_names_levels_and_architectures() -> None:
+    info = _ext.build_info()
+    assert info["native"]
+    assert info["why"] is None
+    assert info["isa"] in info["isas_available"]
+    assert set(info["isas_available"]) <= set(info["isas_built"])
+    assert info["isas_available"][0] == "portable"
+    assert info["cuda"] == ["80-real", "90a-real", "90-virtual"] or isinstance(info["cuda"], str)
+
+
+@native
+def test_unknown_level_is_refused_with_the_levels_allowed() -> None:
+    with pytest.raises(ValueError, match=r"PYCOMPRESS_ISA must be one of portable.*, got avx1024: set it"):
+        _ext.C.set_isa("avx1024")
+
+
+@native
+def test_levels_this_processor_lacks_are_refused() -> None:
+    for level in set(_ext.C.isas_built()) - set(_ext.C.isas()):
+        with pytest.raises(ValueError, match=f"got {level}"):
+            _ext.C.set_isa(level)
+
+
+@native
+def test_environment_chooses_the_level() -> None:
+    code = "from pycompress import _ext; print(_ext.C.isa())"
+    assert _python(code, PYCOMPRESS_ISA="portable").stdout.strip() == "portable"
+    wrong = _python(code, PYCOMPRESS_ISA="sse9")
+    assert wrong.returncode != 0
+    assert "PYCOMPRESS_ISA must be one of portable" in wrong.stderr
+
+
+@native
+def test_native_code_brings_no_second_openmp_runtime() -> None:
+    listed = subprocess.run(["readelf", "-d", _ext.C.__file__], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("readelf is not installed")
+    assert "libtorch" not in listed.stdout
+    for library in ("gomp", "iomp", "omp.so", "cudart", "libcuda"):
+        assert library not in listed.stdout
+
+
+def test_every_op_runs_without_the_native_module() -> None:
+    code = """
+import sys
+sys.modules["pycompress._C"] = None
+import torch
+from pycompress import _ext, ops
+assert _ext.C is None and _ext.why
+x = torch.randn(40, 6)
+labels, _ = ops.kmeans(x, clusters=3)
+ops.lowrank(ops.gram(x), 2, labels, 3)
+y = ops.shared_linear(torch.randn(2, 6), torch.randn(4, 6), torch.randn(5, 1), torch.zeros(5).short(), share="output")
+print(ops.kernel_in_use(y), _ext.build_info()["native"])
+"""
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+    assert "reference (pycompress._C" in done.stdout
+    assert done.stdout.strip().endswith("False")
+
+
+def test_kernel_in_use_names_the_kernel_or_the_reason() -> None:
+    assert "float64" in ops.kernel_in_use(torch.zeros(1, dtype=torch.float64)) or _ext.C is None
+    assert ops.kernel_in_use(torch.zeros(1, device="meta")) == "reference (no kernel for meta)"
+    if _ext.C is not None:
+        assert ops.kernel_in_use(torch.zeros(1)) == f"cpu {_ext.C.isa()}"
+
+
+def test_every_op_says_which_kernels_it_has() -> None:
+    for describe in ops.OPS.values():
+        assert describe().startswith("cpu: ")
+        assert "; cuda: " in describe()
+
+
+def test_the_native_cuda_kernel_is_refused_off_the_gpu() -> None:
+    x = torch.zeros(1, 4)
+    with pytest.raises((RuntimeError, ValueError), match="CUDA"):
+        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_the_native_cuda_kernel_agrees_with_float64(share: str, dtype: torch.dtype) -> None:
+    outputs, inputs, k, r = 63, 1000, 17, 13
+    rows = share == "output"
+    shapes = ((k + r, inputs), (outputs, r)) if rows else ((outputs, k + r), (r, inputs))
+    weight, factor = ((torch.randn(shape, device="cuda") * 0.05).to(dtype) for shape in shapes)
+    labels = torch.randint(0, k, (outputs if rows else inputs,), device="cuda").short()
+    bias = torch.randn(outputs, device="cuda").to(dtype)
+    for tokens in (1, 5, 16):
+        x = torch.randn(tokens, inputs, device="cuda").to(dtype)
+        exact = ops.shared_linear(
+            *(t.cpu().double() for t in (x, weight, factor)), labels.cpu(), bias=bias.cpu().double(), share=share
+        )
+        y = shared_linear_cuda_native(x, weight, factor, labels, bias, not rows)
+        assert (y.cpu() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max() + 1e-5
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PYCOMPRESS_NO_NATIVE": "1"}, "PYCOMPRESS_NO_NATIVE=1 was set"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler was found: install g++ or set CXX"),
+        ({"PATH": "{empty}", "CXX": "/bin/false"}, "CMake"),
+    ],
+)
+def test_a_build_that_cannot_be_made_is_one_sentence(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").write_text("")
+    for folder in ("pycompress", "kernels", "csrc"):
+        (tmp_path / folder).mkdir()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {name: value.format(empty=tmp_path) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: pycompress._C was not built")]
+    assert len(warnings) == 1
+    assert reason in warnings[0]
+    assert reason in (tmp_path / "pycompress" / "_C.why").read_text()

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pycompress import _ext
+from pycompress.ops import shared_linear
+
+LEVELS = ["reference"] if _ext.C is None else _ext.C.isas()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# N, K, k, r
+SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (300, 65, 40, 0), (90, 77, 0, 33), (1, 1, 1, 1), (700, 130, 330, 300)]
+
+PIVOTED_SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (90, 77, 0, 33), (20, 20, 3, 20), (700, 330, 40, 300)]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    if _ext.C is None:
+        yield request.param
+        return
+    before = _ext.C.isa()
+    _ext.C.set_isa(request.param)
+    yield request.param
+    _ext.C.set_isa(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    weight: Tensor
+    factor: Tensor
+    labels: Tensor | None
+    channels: Tensor | None
+    bias: Tensor
+    dense: np.ndarray
+    share: str
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.weight, self.factor, self.labels, self.channels, self.bias
+
+
+def _case(
+    share: str,
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    pivoted: bool = False,
+    index: torch.dtype = torch.int16,
+) -> Case:
+    outputs, inputs, k, r = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    scale = inputs**-0.5
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    count = outputs if share == "output" else inputs
+    labels = torch.randint(0, k, (count,), generator=generator).to(index) if k else None
+    channels = torch.randperm(count, generator=generator).to(index) if pivoted else None
+    rest = count - r if pivoted else count
+    weight = draw(k + r, inputs) if share == "output" else draw(outputs, k + r)
+    factor = draw(rest, r) if share == "output" else draw(r, rest)
+    stacked = weight.double().numpy() if share == "output" else weight.double().numpy().T  # [C; V] or [C; Uᵀ]
+    whole = np.zeros((count, r))
+    stored = factor.double().numpy() if share == "output" else factor.double().numpy().T
+    if channels is None:
+        whole = stored
+    else:
+        whole[channels.numpy()] = np.concatenate([np.eye(r), stored])
+    dense = whole @ stacked[k:] + (stacked[:k][labels.numpy()] if labels is not None else 0)
+    return Case(weight, factor, labels, channels, draw(outputs), dense if share == "output" else dense.T, share)
+
+
+def _plain(x: Tensor, case: Case) -> Tensor:
+    """The layer in plain torch, all in the dtype of x."""
+    weight, factor, labels, channels, bias = case.arguments()
+    if case.share == "output":
+        k = weight.shape[0] - factor.shape[1]
+        low = x @ weight[k:].T
+        y = low @ factor.T
+        if channels is not None:
+            y = torch.cat([low, y], dim=1)[:, channels.long().argsort()]
+        return y + bias if labels is None else y + (x @ weight[:k].T)[:, labels.long()] + bias
+    k = weight.shape[1] - factor.shape[0]
+    ordered = x if channels is None else x[:, channels.long()]
+    pivots = 0 if channels is None else len(factor)
+    low = ordered[:, pivots:] @ factor.T
+    if pivots:
+        low = low + ordered[:, :pivots]
+    y = low @ weight[:, k:].T + bias
+    if labels is None:
+        return y
+    sums = torch.zeros(len(x), k, dtype=x.dtype).index_add_(1, labels.long(), x)
+    return y + sums @ weight[:, :k].T
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "pivoted"), [*((s, False) for s in SIZES), *((s, True) for s in PIVOTED_SIZES)])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_error_is_at_most_twice_plain_torchs(
+    level: str, share: str, sizes: tuple[int, int, int, int], pivoted: bool, dtype: torch.dtype
+) -> None:
+    case = _case(share, sizes, dtype, pivoted)
+    errors = []
+    for tokens in (1, 2, 3, 5, 16, 63):
+        x = torch.randn(tokens, sizes[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        exact = x.double().numpy() @ case.dense.T + case.bias.double().numpy()
+        ours = shared_linear(x, *case.arguments(), share=share)
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.double().numpy(), exact, rtol=0, atol=50 * torch.finfo(dtype).eps)
+        errors.append([_distance(y, exact) for y in (ours, _plain(x, case))])
+    error, torchs = np.sum(errors, axis=0)
+    assert error <= 2 * torchs + 1e-9
+
+
+def _distance(y: Tensor, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(y.double().numpy() - exact))
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_every_element_is_written_and_nothing_stale_is_read(
+    level: str, share: str, pivoted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = _case(share, (63, 100, 9, 5), torch.float32, pivoted)
+    poisoned = torch.full((40, 200), torch.nan)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    for tokens in (1, 7, 40):
+        shared_linear(poisoned[:tokens, :100], *case.arguments(), share=share)
+        x = poisoned[:tokens, 100:]  # rows 200 apart, NaN on both sides
+        x = x.clone().fill_(0.5) if tokens == 7 else torch.where(torch.isnan(x), 0.5, x)
+        exact = x.double().numpy() @ case.dense.T + case.bias.double().numpy()
+        np.testing.assert_allclose(shared_linear(x, *case.arguments(), share=share).numpy(), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_layout_and_leading_sizes_of_x_do_not_matter(share: str, tokens: int) -> None:
+    case = _case(share, (63, 100, 9, 5), torch.bfloat16)
+    wide = torch.randn(2, tokens, 300).bfloat16()
+    expected = shared_linear(wide[..., 50:150].reshape(-1, 100).clone(), *case.arguments(), share=share)
+    for x in (wide[..., 50:150], wide[..., 50:150].contiguous(), wide[..., 50:150].mT.contiguous().mT):
+        y = shared_linear(x, *case.arguments(), share=share)
+        assert y.shape == (2, tokens, 63)
+        assert torch.equal(y.reshape(-1, 63), expected)
+
+
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_no_tokens_give_no_rows(level: str, share: str) -> None:
+    case = _case(share, (63, 100, 9, 5), torch.float32)
+    assert shared_linear(torch.zeros(2, 0, 100), *case.arguments(), share=share).shape == (2, 0, 63)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(level: str, share: str, tokens: int) -> None:
+    case = _case(share, (700, 500, 200, 60), torch.bfloat16)
+    x = torch.randn(tokens, 500).bfloat16()
+    first = shared_linear(x, *case.arguments(), share=share)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(shared_linear(x, *case.arguments(), share=share), first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_infinities_and_nan_pass_through_like_torch(level: str) -> None:
+    case = _case("output", (40, 64, 5, 3), torch.float32)
+    x = torch.ones(2, 64)
+    x[1, 3] = torch.nan
+    y = shared_linear(x, *case.arguments(), share="output")
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_half_precision_rounds_like_torch(level: str) -> None:
+    """Identity layers: each output is an input times one, so the stored value must come back to the last bit."""
+    for dtype in (torch.bfloat16, torch.float16):
+        special = torch.tensor([0.0, -0.0, 1.0, 65504.0, -65504.0, 6e-8, 3.1e-5, 6.2e-5, torch.inf, 1e-30, 3e-8])
+        x = special.to(dtype)[:, None]
+        one, none = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 0, dtype=dtype)
+        y = shared_linear(x, one, none, torch.zeros(1, dtype=torch.int16), share="output")
+        assert torch.equal(y, x)
+        grid = torch.linspace(-70000, 70000, 9973)
+        bias = grid.to(dtype)
+        y = shared_linear(
+            torch.zeros(1, 1, dtype=dtype),
+            one,
+            none.expand(9973, 0),
+            torch.zeros(9973, dtype=torch.int16),
+            None,
+            bias,
+            share="output",
+        )
+        assert torch.equal(y[0], bias)
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("sizes", [(9, 7, 4, 3), (9, 7, 0, 3), (9, 7, 4, 0)])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_gradients_are_those_of_finite_differences(share: str, sizes: tuple[int, int, int, int], pivoted: bool) -> None:
+    case = _case(share, sizes, torch.float64, pivoted)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    trained = [t.clone().requires_grad_() for t in (x, case.weight, case.factor, case.bias)]
+
+    def layer(x: Tensor, weight: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+        return shared_linear(x, weight, factor, case.labels, case.channels, bias, share=share)
+
+    assert torch.autograd.gradcheck(layer, trained)
+    assert torch.autograd.gradgradcheck(layer, trained)
+
+
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_gradients_match_the_dense_layers(share: str) -> None:
+    case = _case(share, (63, 100, 9, 5), torch.float32)
+    x = torch.randn(20, 100, requires_grad=True)
+    weight = case.weight.clone().requires_grad_()
+    bias = case.bias.clone().requires_grad_()
+    shared_linear(x, weight, case.factor, case.labels, case.channels, bias, share=share).square().sum().backward()
+    dense = torch.from_numpy(case.dense)
+    y = x.detach().double() @ dense.T + case.bias
+    torch.testing.assert_close(x.grad, (2 * y @ dense).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias.grad, (2 * y).sum(0).float(), rtol=1e-3, atol=1e-3)
+    assert weight.grad is not None
+    assert case.factor.grad is None
+
+
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_opcheck(share: str) -> None:
+    case = _case(share, (9, 7, 4, 3), torch.float32)
+    x = torch.randn(2, 3, 7, requires_grad=True)
+    weight, factor, bias = (t.clone().requires_grad_() for t in (case.weight, case.factor, case.bias))
+    op = torch.ops.pycompress.shared_linear.default
+    torch.library.opcheck(op, (x, weight, factor, case.labels, None, bias, share == "input"))
+    low_rank = _case(share, (9, 7, 0, 3), torch.float32, pivoted=True)
+    torch.library.opcheck(
+        op, (x.detach(), low_rank.weight, low_rank.factor, None, low_rank.channels, None, share == "input")
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_wide_indices_give_what_narrow_ones_do(level: str, share: str, tokens: int) -> None:
+    narrow, wide = (_case(share, (63, 100, 9, 5), torch.float32, True, t) for t in (torch.int16, torch.int32))
+    x = torch.randn(tokens, 100)
+    ours = shared_linear(x, *wide.arguments(), share=share)
+    assert torch.equal(ours, shared_linear(x, *narrow.arguments(), share=share))
+
+
+def test_wrong_input_is_named() -> None:
+    weight, factor, labels, channels, _ = _case("output", (9, 7, 4, 3), torch.float32, pivoted=True).arguments()
+    x = torch.zeros(2, 7)
+    with pytest.raises(ValueError, match='share must be "output" or "input", got \'rows\''):
+        shared_linear(x, weight, factor, labels, channels, share="rows")
+    with pytest.raises(ValueError, match=r"7 features in its last dimension, got \(2, 8\)"):
+        shared_linear(torch.zeros(2, 8), weight, factor, labels, channels, share="output")
+    with pytest.raises(TypeError, match=r"one dtype, got torch\.bfloat16"):
+        shared_linear(x.bfloat16(), weight, factor, labels, channels, share="output")
+    with pytest.raises(ValueError, match="labels must be given exactly when there are clusters"):
+        shared_linear(x, weight, factor, None, channels, share="output")
+    with pytest.raises(ValueError, match=r"labels must be \[6\], got \(9,\)"):
+        shared_linear(x, weight, factor, labels, share="output")
+    with pytest.raises(TypeError, match=r"both be int16 or both int32, got torch\.int64, torch\.int16"):
+        shared_linear(x, weight, factor, labels.long(), channels, share="output")
+    with pytest.raises(ValueError, match=r"bias must be \[9\], got \(8,\)"):
+        shared_linear(x, weight, factor, labels, channels, torch.zeros(8), share="output")
