@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pycompress.measure.model import embedding
 from pycompress.measure.windows import token_windows
@@ -95,6 +96,25 @@ class _ReachedError(Exception):
     """The last block was reached: the rest of the forward pass is not needed."""
 
 
+def in_float32(module: nn.Module) -> Callable[..., Any]:
+    """`module` computing in float32 from its weights as they are, on a CPU, where 16-bit arithmetic is slow and gains
+    nothing; the module itself elsewhere. Arguments are cast along; hooks run.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    narrow = {name: t for name, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
+    if not narrow or any(t.device.type != "cpu" for t in narrow.values()):
+        return module
+    wide = {name: tensor.detach().float() for name, tensor in narrow.items()}
+
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, wide, tree_map(cast, args), tree_map(cast, kwargs))
+
+    return call
+
+
 @dataclass
 class Stream:
     """The calibration batches' hidden states at the entry of the next block, and the arguments each block gets.
@@ -137,11 +157,11 @@ class Stream:
     @torch.no_grad()
     def run(self) -> Iterator[Tensor]:
         """The current block's output for each batch."""
+        block = in_float32(self.block)
+        device = next(self.block.parameters()).device
         for index, hidden in enumerate(self.hidden):
             args, kwargs = self.arguments[index][self.position]
-            device = next(self.block.parameters()).device
-            output = self.block(hidden.to(device), *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            yield block(hidden.to(device), *args, **kwargs)
 
     @torch.no_grad()
     def statistics(self, linears: dict[str, nn.Module]) -> dict[str, Statistics]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from pycompress.calibrate import Batch
+from pycompress.calibrate import Batch, in_float32
 from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
 
 
@@ -39,8 +39,9 @@ def loss_sensitivity(
     handles = [model.get_submodule(name).register_full_backward_hook(record(name)) for name in names]
     try:
         with _frozen(model), _recomputed(blocks):
+            head = in_float32(model.get_output_embeddings())
             for batch in progress(batches):
-                _backward(model, batch)
+                _backward(model, head, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -53,7 +54,7 @@ def loss_sensitivity(
 
 
 @torch.enable_grad()
-def _backward(model: Any, batch: Batch) -> None:
+def _backward(model: Any, head: Callable[[Tensor], Tensor], batch: Batch) -> None:
     """Gradients of the summed cross-entropy, the logits formed for a slice of tokens at a time."""
     device = model.get_input_embeddings().weight.device
     ids = batch["input_ids"].to(device)
@@ -65,7 +66,7 @@ def _backward(model: Any, batch: Batch) -> None:
     positions, targets = last[:, :-1][keep], ids[:, 1:][keep]
     at_once = max(1, LOGITS_AT_ONCE // len(model.get_input_embeddings().weight))
     for part, target in zip(positions.split(at_once), targets.split(at_once), strict=True):
-        loss = cross_entropy(head_logits(model, part).float(), target, reduction="sum")
+        loss = cross_entropy(head_logits(model, part, head).float(), target, reduction="sum")
         loss.backward(retain_graph=True)
     hidden.backward(last.grad)
 
@@ -87,11 +88,24 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     """Blocks forget their activations and compute them again on the way back."""
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    def wrap(block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+
+        def wide(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            # The functional call needs the block's own forward.
+            block.forward = forward  # type: ignore[method-assign]
+            try:
+                return in_float32(block)(hidden, *args, **kwargs).to(hidden.dtype)
+            finally:
+                block.forward = again  # type: ignore[method-assign]
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(wide, *args, use_reentrant=False, **kwargs)
+
+        return again
 
     for block in blocks:
-        block.forward = wrap(block.forward)  # type: ignore[method-assign]
+        block.forward = wrap(block)  # type: ignore[method-assign]
     try:
         yield
     finally:

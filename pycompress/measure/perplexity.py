@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,9 +87,12 @@ def _cross_entropy(model: PreTrainedModel, tokens: Tensor, scored: int) -> float
     return total
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits `[..., vocabulary]` of last hidden states `[..., d]`, as the model's own forward makes them."""
-    logits = model.get_output_embeddings()(hidden)
+def head_logits(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Logits `[..., vocabulary]` of last hidden states `[..., d]`, as the model's own forward makes them.
+
+    `head`: what to apply in place of the model's output embedding.
+    """
+    logits = (head or model.get_output_embeddings())(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
