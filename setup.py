@@ -24,20 +24,21 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_module(target.parent)
         try:
-            shutil.copy2(self._build(), target)
+            _place(self._build(), target)
         except NotBuiltError as reason:
             why = f"pycompress._C was not built, {reason}; pycompress runs on its torch references"
             print(f"warning: {why}", file=sys.stderr)
-            (target.parent / "_C.why").write_text(why + "\n")
+            target = target.with_name("_C.why")
+            target.write_text(why + "\n")
+        _remove_others(target)
 
     def copy_extensions_to_source(self) -> None:
-        package = ROOT / "pycompress"
-        _remove_module(package)
-        super().copy_extensions_to_source()
-        for why in Path(self.build_lib).glob("pycompress/_C.why"):
-            shutil.copy2(why, package)
+        """Only an editable install and --inplace come here: any other build leaves the source tree as it is."""
+        for built in Path(self.build_lib).glob("pycompress/_C.*"):
+            target = ROOT / "pycompress" / built.name
+            _place(built, target)
+            _remove_others(target)
 
     def _build(self) -> Path:
         """Path of the built module; raises NotBuiltError."""
@@ -85,11 +86,19 @@ class CMakeBuild(build_ext):
         return next(build.glob("_C*.so"))
 
 
-def _remove_module(folder: Path) -> None:
-    """Files are removed, never written over: a running process may have the old module mapped."""
+def _place(built: Path, target: Path) -> None:
+    """Renamed into place, never written over: a running process may have the old module mapped."""
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.copy2(built, fresh)
+    fresh.replace(target)
+
+
+def _remove_others(target: Path) -> None:
+    """Leave `target` alone in its folder of a native module and the reasons for having none."""
     for name in ("_C.*.so", "_C.so", "_C.why"):
-        for stale in folder.glob(name):
-            stale.unlink()
+        for stale in target.parent.glob(name):
+            if stale != target:
+                stale.unlink()
 
 
 def _run(command: list[str], failure: str) -> None:

@@ -82,28 +82,36 @@ def figure(op: str, group: str, who: str, us: float, **facts: Any) -> Figure:
 
 
 def clusters_for(keep: float, share: str) -> int:
-    """Clusters that with a correction of rank RANK take `keep` of the dense bytes."""
+    """Clusters that with a pivoted correction of rank RANK take `keep` of the dense bytes."""
     length = K if share == "output" else N
-    return int((keep * N * K - RANK * (N + K)) // length)
+    return int((keep * N * K - RANK * (N + K - RANK)) // length)
 
 
-def layer(keep: float, share: str) -> tuple[Tensor, Tensor, Tensor]:
+def layer(keep: float, share: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, bf16 = clusters_for(keep, share), torch.bfloat16
-    labels = torch.randint(0, k, (N if share == "output" else K,), device="cuda").short()
+    count = N if share == "output" else K
+    indices = torch.randint(0, k, (count,), device="cuda").short(), torch.randperm(count, device="cuda").short()
     if share == "output":
-        return random(k + RANK, K, dtype=bf16) / K**0.5, random(N, RANK, dtype=bf16), labels
-    return random(N, k + RANK, dtype=bf16) / K**0.5, random(RANK, K, dtype=bf16), labels
+        return random(k + RANK, K, dtype=bf16) / K**0.5, random(N - RANK, RANK, dtype=bf16), *indices
+    return random(N, k + RANK, dtype=bf16) / K**0.5, random(RANK, K - RANK, dtype=bf16), *indices
 
 
-def restored(weight: Tensor, factor: Tensor, labels: Tensor, share: str) -> Tensor:
-    weight, factor = weight.double(), factor.double()
+def whole(factor: Tensor, channels: Tensor, share: str) -> Tensor:
+    """The factor with its pivots' identity written out."""
+    identity = torch.eye(RANK, dtype=factor.dtype, device="cuda")
+    along = 0 if share == "output" else 1
+    return torch.cat([identity, factor], dim=along).index_select(along, channels.long().argsort())
+
+
+def restored(weight: Tensor, factor: Tensor, labels: Tensor, channels: Tensor, share: str) -> Tensor:
+    weight, factor = weight.double(), whole(factor.double(), channels, share)
     if share == "output":
         return weight[:-RANK][labels.long()] + factor @ weight[-RANK:]
     return weight[:, :-RANK][:, labels.long()] + weight[:, -RANK:] @ factor
 
 
 def plain(x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor, share: str) -> Tensor:
-    """The formula in torch operations."""
+    """The formula in torch operations, on the whole factor."""
     if share == "output":
         stacked = linear(x, weight)
         return linear(stacked[:, -RANK:], factor) + stacked.index_select(1, labels.int())
@@ -125,15 +133,17 @@ def shared_linear_figures() -> Iterator[Figure]:
             first = layer(keep, share)
             nbytes = sum(t.nbytes for t in first)
             layers = [first, *(layer(keep, share) for _ in range(sets_needed(nbytes) - 1))]
+            wholes = [(weight, whole(factor, channels, share), labels) for weight, factor, labels, channels in layers]
             exact = restored(*first, share)
             for tokens, x in inputs.items():
-                runs = {"pycompress": lambda x, *w: shared_linear(x, *w, share=share)}  # noqa: B023
-                runs["torch operations"] = lambda x, *w: plain(x, *w, share)  # noqa: B023
+                runs = {"pycompress": (lambda x, *w: shared_linear(x, *w, share=share), layers)}  # noqa: B023
+                runs["torch operations"] = (lambda x, *w: plain(x, *w, share), wholes)  # noqa: B023
                 if tokens <= 16 and isinstance(_ext.build_info()["cuda"], list):
-                    runs["native CUDA"] = lambda x, *w: shared_linear_cuda_native(x, *w, None, share == "input")  # noqa: B023
-                for who, call in runs.items():
-                    error = relative_error(call(x, *first), linear(x.double(), exact))
-                    us = in_a_graph([lambda w=w, x=x, call=call: call(x, *w) for w in layers])
+                    native = lambda x, *w: shared_linear_cuda_native(x, *w, None, share == "input")  # noqa: B023, E731
+                    runs["native CUDA"] = (native, layers)
+                for who, (call, stored) in runs.items():
+                    error = relative_error(call(x, *stored[0]), linear(x.double(), exact))
+                    us = in_a_graph([lambda w=w, x=x, call=call: call(x, *w) for w in stored])
                     facts = {"keep": keep, "share": share, "bytes": nbytes, "error": error}
                     facts["speedup_over_cublas"] = round(cublas[tokens] / us, 3)
                     yield figure("shared_linear", f"{tokens} tokens", who, us, **facts)

@@ -49,14 +49,24 @@ void shared_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t facto
                            static_cast<Dtype>(dtype), wide_indices, share_input, threads});
 }
 
+void shared_linear_gather(std::uintptr_t x, std::uintptr_t labels, std::uintptr_t channels, std::uintptr_t bias,
+                          std::uintptr_t reduced, std::uintptr_t product, std::uintptr_t y, int64_t tokens,
+                          int64_t inputs, int64_t outputs, int64_t k, int64_t r, int64_t x_stride, bool wide_indices,
+                          bool share_input, int threads) {
+  const SharedLinearArgs layer{
+      at<void>(x), nullptr, nullptr, at<void>(labels), at<void>(channels), at<void>(bias), at<void>(y), tokens, inputs,
+      outputs,     k,       r,       x_stride,         Dtype::f32,         wide_indices,   share_input, threads};
+  kernels().shared_linear_gather(layer, at<float>(reduced), at<float>(product));
+}
+
 #ifdef PYCOMPRESS_CUDA
 void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
-                        std::uintptr_t bias, std::uintptr_t reduced, std::uintptr_t y, int64_t tokens, int64_t inputs,
-                        int64_t outputs, int64_t k, int64_t r, int dtype, bool share_input, std::uintptr_t stream) {
-  const char *error = cuda::shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<int16_t>(labels),
-                                           at<void>(bias), at<float>(reduced), at<void>(y), static_cast<int>(tokens),
-                                           static_cast<int>(inputs), static_cast<int>(outputs), static_cast<int>(k),
-                                           static_cast<int>(r), dtype, share_input, at<void>(stream)});
+                        std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t reduced, std::uintptr_t y,
+                        int tokens, int inputs, int outputs, int k, int r, int dtype, bool wide_indices,
+                        bool share_input, std::uintptr_t stream) {
+  const char *error = cuda::shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels),
+                                           at<void>(channels), at<void>(bias), at<float>(reduced), at<void>(y), tokens,
+                                           inputs, outputs, k, r, dtype, wide_indices, share_input, at<void>(stream)});
   if (error) throw std::runtime_error(std::string("shared_linear on CUDA failed to launch: ") + error);
 }
 #endif
@@ -80,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lloyd", lloyd, unlocked);
   m.def("centre", centre, unlocked);
   m.def("shared_linear", shared_linear, unlocked);
+  m.def("shared_linear_gather", shared_linear_gather, unlocked);
 #ifdef PYCOMPRESS_CUDA
   m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
 #endif

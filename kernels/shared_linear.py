@@ -1,161 +1,20 @@
 """Linear layer with shared channels on the GPU: a skinny product, a gather by label and a rank-r product.
 
 M tokens, N outputs, K inputs, k clusters, r rank; `S = k + r` rows of the stacked matrix. Up to `DECODE` tokens the
-skinny products read the weight once, split over K so that all multiprocessors take part; the partial sums lie in a
-float32 workspace and are added in a fixed order. Above it they are cuBLAS's.
+skinny products are split over K, their partial sums lie in a float32 workspace and are added in a fixed order. Above it
+they are cuBLAS's. Pivots, whose part of the factor is the identity, are handled where the factor is read.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from pycompress.kernels.segments import group_by_label
+from pycompress.kernels.skinny import precision, skinny
 from torch import Tensor
 
 DECODE = 64
-
-
-@triton.jit
-def _stacked(weight_ptr, labels_ptr, offs_s, offs_k, S, stop, clusters, stride_ws, ONE_HOT: tl.constexpr):
-    """A tile of the stacked matrix: `weight` itself, or `weight` under one row a cluster that marks its columns."""
-    mask_k = (offs_k < stop)[None, :]
-    if not ONE_HOT:
-        tile = weight_ptr + offs_s[:, None].to(tl.int64) * stride_ws + offs_k[None, :]
-        return tl.load(tile, mask=(offs_s < S)[:, None] & mask_k, other=0.0)
-    tile = weight_ptr + (offs_s - clusters)[:, None].to(tl.int64) * stride_ws + offs_k[None, :]
-    below = ((offs_s >= clusters) & (offs_s < S))[:, None]
-    weight = tl.load(tile, mask=below & mask_k, other=0.0)
-    labels = tl.load(labels_ptr + offs_k, mask=offs_k < stop, other=-1).to(tl.int32)
-    return tl.where(labels[None, :] == offs_s[:, None], 1.0, weight).to(weight.dtype)
-
-
-@triton.jit
-def _row_kernel(
-    x_ptr,  # [K]
-    weight_ptr,  # [S, K]
-    labels_ptr,  # [K]
-    out_ptr,  # [splits, S], float32
-    S,
-    K,
-    clusters,
-    K_SPLIT,
-    stride_ws,
-    ONE_HOT: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One token: products are kept per column and added up once at the end."""
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_s = offs_s < S
-    start = tl.program_id(1) * K_SPLIT
-    stop = tl.minimum(start + K_SPLIT, K)
-    acc = tl.full((BLOCK_S, BLOCK_K), 0, tl.float32)
-    for first in range(start, stop, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_k, mask=offs_k < stop, other=0.0).to(tl.float32)
-        w = _stacked(weight_ptr, labels_ptr, offs_s, offs_k, S, stop, clusters, stride_ws, ONE_HOT)
-        acc += w.to(tl.float32) * x[None, :]
-    tl.store(out_ptr + tl.program_id(1) * S + offs_s, tl.sum(acc, axis=1), mask=mask_s)
-
-
-@triton.jit
-def _split_kernel(
-    x_ptr,  # [M, K]
-    weight_ptr,  # [S, K]
-    labels_ptr,  # [K]
-    out_ptr,  # [splits, M, S], float32
-    M,
-    S,
-    K,
-    clusters,
-    K_SPLIT,
-    stride_xm,
-    stride_ws,
-    ONE_HOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A few tokens: the weight is the tall operand, so that the tile of tokens may be narrow."""
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_s, mask_m = offs_s < S, offs_m < M
-    start = tl.program_id(1) * K_SPLIT
-    stop = tl.minimum(start + K_SPLIT, K)
-    acc = tl.full((BLOCK_S, BLOCK_M), 0, tl.float32)
-    for first in range(start, stop, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        w = _stacked(weight_ptr, labels_ptr, offs_s, offs_k, S, stop, clusters, stride_ws, ONE_HOT)
-        x_tile = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
-        x = tl.load(x_tile, mask=mask_m[:, None] & (offs_k < stop)[None, :], other=0.0)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
-    out = out_ptr + (tl.program_id(1) * M + offs_m[None, :]) * S + offs_s[:, None]
-    tl.store(out, acc, mask=mask_s[:, None] & mask_m[None, :])
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _skinny(x: Tensor, weight: Tensor, labels: Tensor | None = None, clusters: int = 0) -> Tensor:
-    """`x [M, K]` times the stacked matrix transposed, as unsummed parts `[splits, M, S]`, for M up to `DECODE`.
-
-    The stacked matrix is `weight [S, K]`, or with `labels [K]` the one-hot rows of the clusters above `weight`.
-    """
-    (M, K), S = x.shape, weight.shape[0] + clusters
-    if not S * K:
-        return torch.zeros((1, M, S), dtype=torch.float32, device=x.device)
-    block_s, block_k = _skinny_tile(M, x.element_size())
-    tiles = triton.cdiv(S, block_s)
-    splits = max(1, min(2 * _processors(x.device) // tiles, K // (2 * block_k), 16))
-    k_split = triton.cdiv(triton.cdiv(K, splits), block_k) * block_k
-    splits = triton.cdiv(K, k_split)
-    parts = torch.empty((splits, M, S), dtype=torch.float32, device=x.device)
-    marks = x if labels is None else labels
-    tile = {"ONE_HOT": labels is not None, "BLOCK_S": block_s, "BLOCK_K": block_k}
-    strides = (x.stride(0), weight.stride(0))
-    if M == 1:
-        _row_kernel[(tiles, splits)](x, weight, marks, parts, S, K, clusters, k_split, strides[1], **tile)
-    else:
-        block_m = max(16, triton.next_power_of_2(M))
-        _split_kernel[(tiles, splits)](
-            x,
-            weight,
-            marks,
-            parts,
-            M,
-            S,
-            K,
-            clusters,
-            k_split,
-            *strides,
-            **tile,
-            BLOCK_M=block_m,
-            PRECISION=_precision(x.dtype),
-            num_warps=4 if block_m <= 16 else 8,
-        )
-    return parts
-
-
-def _skinny_tile(M: int, itemsize: int) -> tuple[int, int]:
-    """BLOCK_S and BLOCK_K: a lone token has no use for a tall tile, and wide rows keep its loads long.
-
-    For more tokens the two operands' tiles must leave registers for the sums.
-    """
-    if M == 1:
-        return 16, 512
-    if itemsize == 2:
-        return 64, 128 if M <= 16 else 64
-    return 64, 32
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 @triton.jit
@@ -170,30 +29,47 @@ def _summed(ptr, mask, splits, stride_split):
 @triton.jit
 def _expand_kernel(
     parts_ptr,  # [splits, M, k + r]
-    factor_ptr,  # [N, r]
+    factor_ptr,  # [N - pivots, r]
     labels_ptr,  # [N]
+    order_ptr,  # [N]
     bias_ptr,  # [N]
     out_ptr,  # [M, N]
     M,
     N,
     k,
     r,
+    pivots,
     splits,
     stride_split,
     stride_pm,
     stride_fn,
     stride_om,
-    GATHER: tl.constexpr,  # "labels", "all" when output n is column n, or "none"
+    GATHER: tl.constexpr,
+    ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out[m, n] = parts[m, labels[n]] + sum_j parts[m, k + j] factor[n, j] + bias[n]`, parts added on the way."""
+    """Sum the parts of a split product, then gather by label, multiply the rest by the factor, add the bias.
+
+    GATHER: "labels", "none", or "all" when the parts are the output itself. ORDER: "none" when output n is at position
+    n; "scatter" when `order` gives the channel of each position, "gather" when it gives the position of each channel.
+    Positions below `pivots` have the low-rank part itself, the others the factor's rows in turn.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    position, factor_row, mask_f = offs_n, offs_n, mask_n
+    if ORDER == "gather":
+        position = tl.load(order_ptr + offs_n, mask=mask_n, other=0).to(tl.int32)
+    elif ORDER == "scatter":
+        offs_n = tl.load(order_ptr + offs_n, mask=mask_n, other=0).to(tl.int32)
+    if ORDER != "none":
+        factor_row = position - pivots
+        mask_f = mask_n & (factor_row >= 0)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_n, mask_m = offs_n < N, offs_m < M
+    mask_m = offs_m < M
     rows = parts_ptr + offs_m[:, None].to(tl.int64) * stride_pm
     mask = mask_m[:, None] & mask_n[None, :]
     acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
@@ -202,13 +78,15 @@ def _expand_kernel(
             offs_r = first + tl.arange(0, BLOCK_R)
             mask_r = (offs_r < r)[None, :]
             low = _summed(rows + k + offs_r[None, :], mask_m[:, None] & mask_r, splits, stride_split)
-            tile = factor_ptr + offs_n[:, None].to(tl.int64) * stride_fn + offs_r[None, :]
-            factor = tl.load(tile, mask=mask_n[:, None] & mask_r, other=0.0)
+            tile = factor_ptr + factor_row[:, None].to(tl.int64) * stride_fn + offs_r[None, :]
+            factor = tl.load(tile, mask=mask_f[:, None] & mask_r, other=0.0)
             if BLOCK_M == 1:
                 acc += tl.sum(factor.to(tl.float32) * low, axis=1)[None, :]
             else:
                 low = low.to(factor.dtype)
                 acc = tl.dot(low, tl.trans(factor), acc, input_precision=PRECISION)
+    if ORDER != "none":
+        acc += _summed(rows + k + position[None, :], mask & (position < pivots)[None, :], splits, stride_split)
     if GATHER == "labels":
         columns = tl.load(labels_ptr + offs_n, mask=mask_n, other=0).to(tl.int32)
         acc += _summed(rows + columns[None, :], mask, splits, stride_split)
@@ -220,8 +98,27 @@ def _expand_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _invert_kernel(channels_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    """Position of each channel: `out[channels[p]] = p`."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.load(channels_ptr + offs_n, mask=offs_n < N, other=0).to(tl.int32)
+    tl.store(out_ptr + channels, offs_n, mask=offs_n < N)
+
+
+def _inverted(channels: Tensor) -> Tensor:
+    positions = torch.empty(len(channels), dtype=torch.int32, device=channels.device)
+    _invert_kernel[(triton.cdiv(len(channels), 256),)](channels, positions, len(channels), BLOCK_N=256)
+    return positions
+
+
 def _expand(
-    parts: Tensor, out: Tensor, factor: Tensor | None = None, labels: Tensor | None = None, bias: Tensor | None = None
+    parts: Tensor,
+    out: Tensor,
+    factor: Tensor | None = None,
+    labels: Tensor | None = None,
+    channels: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Sum `parts [splits, M, k + r]` and write `[M, N]` into `out`; without a factor the parts are the output's own."""
     (M, N), splits = out.shape, parts.shape[0]
@@ -229,27 +126,29 @@ def _expand(
     decode = M <= DECODE
     block_m = (1 if M == 1 else max(16, triton.next_power_of_2(M))) if decode else 64
     block_n = 128 if out.element_size() == 2 and not decode else 64
+    # A few tokens' outputs are cheap to scatter; for many, whole rows of the factor are gathered instead.
+    order = channels if decode or channels is None else _inverted(channels)
     _expand_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
         parts,
-        parts if factor is None else factor,
-        parts if labels is None else labels,
-        parts if bias is None else bias,
+        *(parts if t is None else t for t in (factor, labels, order, bias)),
         out,
         M,
         N,
         parts.shape[2] - rank,
         rank,
+        0 if order is None else rank,
         splits,
         parts.stride(0),
         parts.stride(1),
         0 if factor is None else factor.stride(0),
         out.stride(0),
         GATHER="labels" if labels is not None else "all" if factor is None else "none",
+        ORDER="none" if order is None else "scatter" if decode else "gather",
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=64 if out.element_size() == 2 else 16,
-        PRECISION=_precision(out.dtype),
+        PRECISION=precision(out.dtype),
         num_warps=4 if block_m <= 16 else 8,
     )
     return out
@@ -309,46 +208,69 @@ def _sum_by_label(x: Tensor, labels: Tensor, out: Tensor) -> None:
 
 
 def shared_linear_cuda(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, share_input: bool
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
 ) -> Tensor:
     """Apply a packed linear layer: `x [..., K]` to `[..., N]` in the dtype of `x`, accumulated in float32.
 
     Outputs shared: `weight [k + r, K] = [C; V]`, `factor U [N, r]`, `labels [N]`. Inputs shared: `weight [N, k + r]
-    = [Cᵀ | U]`, `factor V [r, K]`, `labels [K]`. `labels` is None when k = 0. float64 has no kernel and goes through
-    torch's products.
+    = [Cᵀ | U]`, `factor V [r, K]`, `labels [K]`. `labels` is None when k = 0. `channels`, a permutation of the N or K
+    channels with r pivots first, leaves their identity out of the factor: `U [N - r, r]`, `V [r, K - r]`. Indices are
+    int16 or int32. float64 has no kernel and goes through torch's products.
     """
     if x.dtype == torch.float64:
-        return _in_double(x, weight, factor, labels, bias, share_input)
+        return _in_double(x, weight, factor, labels, channels, bias, share_input)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     weight, factor = weight.contiguous(), factor.contiguous()
-    labels = None if labels is None else labels.contiguous()
-    outputs = weight.shape[0] if share_input else factor.shape[0]
+    labels, channels, bias = (t if t is None else t.contiguous() for t in (labels, channels, bias))
+    outputs = weight.shape[0] if share_input else factor.shape[0] if channels is None else channels.shape[0]
     out = torch.empty((rows.shape[0], outputs), dtype=x.dtype, device=x.device)
     if out.numel():
-        (_input_shared if share_input else _output_shared)(rows, weight, factor, labels, bias, out)
+        (_input_shared if share_input else _output_shared)(rows, weight, factor, labels, channels, bias, out)
     return out.view(*x.shape[:-1], outputs)
 
 
 def _output_shared(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
-    parts = _skinny(x, weight) if len(x) <= DECODE else torch.mm(x, weight.T)[None]
-    _expand(parts, out, factor, labels, bias)
+    parts = skinny(x, weight) if len(x) <= DECODE else torch.mm(x, weight.T)[None]
+    _expand(parts, out, factor, labels, channels, bias)
 
 
 def _input_shared(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
-    clusters = weight.shape[1] - factor.shape[0]
+    rank, clusters = len(factor), weight.shape[1] - len(factor)
     reduced = torch.empty((len(x), weight.shape[1]), dtype=x.dtype, device=x.device)  # [s, x Vᵀ]
     if len(x) <= DECODE:
-        _expand(_skinny(x, factor, labels, clusters), reduced)
-        _expand(_skinny(reduced, weight), out, bias=bias)
+        _expand(skinny(x, factor, labels, channels, clusters), reduced)
+        _expand(skinny(reduced, weight), out, bias=bias)
         return
     if labels is not None:
         _sum_by_label(x, labels, reduced[:, :clusters])
-    torch.mm(x, factor.T, out=reduced[:, clusters:])
+    if channels is None:
+        torch.mm(x, factor.T, out=reduced[:, clusters:])
+    else:
+        ordered = x.index_select(1, channels.int())
+        torch.addmm(ordered[:, :rank], ordered[:, rank:], factor.T, out=reduced[:, clusters:])
     if bias is None:
         torch.mm(reduced, weight.T, out=out)
     else:
@@ -356,15 +278,23 @@ def _input_shared(
 
 
 def _in_double(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, share_input: bool
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    share_input: bool,
 ) -> Tensor:
     """The packed matrix restored and multiplied: for gradient checks, where only digits count."""
-    if share_input:
-        clusters = weight.shape[1] - factor.shape[0]
-        dense = weight[:, clusters:] @ factor
-        shared = None if labels is None else weight[:, :clusters].index_select(1, labels.int())
-    else:
-        clusters = weight.shape[0] - factor.shape[1]
-        dense = factor @ weight[clusters:]
-        shared = None if labels is None else weight[:clusters].index_select(0, labels.int())
-    return torch.nn.functional.linear(x, dense if shared is None else dense + shared, bias)
+    along = 1 if share_input else 0
+    rank = factor.shape[1 - along]
+    clusters = weight.shape[along] - rank
+    if channels is not None:
+        whole = torch.cat([torch.eye(rank, dtype=factor.dtype, device=factor.device), factor], dim=along)
+        factor = torch.empty_like(whole).index_copy_(along, channels.long(), whole)
+    centroids, basis = weight.split([clusters, rank], dim=along)
+    dense = basis @ factor if share_input else factor @ basis
+    if labels is not None:
+        dense = dense + centroids.index_select(along, labels.int())
+    return torch.nn.functional.linear(x, dense, bias)

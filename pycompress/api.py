@@ -117,13 +117,14 @@ class _Job:
         for block in self._bar(range(depth), "measuring"):
             here = [step for step in shared if step.block == block]
             found = self.saved.load_curves(block)
+            last = block == depth - 1
             if found is None:
-                statistics = self._statistics(stream, here)
+                statistics = self._statistics(stream, here, advance=not last)
                 found = {step.name: self._curve(step, statistics) for step in here}
                 self.saved.save_curves(block, found)
-            curves.update(found)
-            if stream is not None and block < depth - 1:
+            elif stream is not None and not last:
                 stream.advance()
+            curves.update(found)
         return curves
 
     def compress(self, steps: Plan) -> list[Row]:
@@ -172,15 +173,17 @@ class _Job:
             return None
         return Stream.open(self.model, groups.blocks(self.model), self.batches)
 
-    def _statistics(self, stream: Stream | None, steps: list[Step]) -> dict[str, Statistics]:
+    def _statistics(self, stream: Stream | None, steps: list[Step], advance: bool = False) -> dict[str, Statistics]:
         """Each step's input statistics, measured once for the linears that share an input."""
-        if stream is None or not steps:
+        if stream is None:
             return {}
         stages = {role: stage.roles for stage in groups.architecture_of(self.model).stages for role in stage.roles}
         first: dict[tuple[str, ...], str] = {}
         for step in steps:
             first.setdefault(stages[step.role], step.name)
-        measured = stream.statistics({name: self.model.get_submodule(name) for name in first.values()})
+        if not first and not advance:
+            return {}
+        measured = stream.statistics({name: self.model.get_submodule(name) for name in first.values()}, advance)
         shared = {step.name: measured[first[stages[step.role]]] for step in steps}
         return {n: replace_field(s, sensitivity=self.sensitivity.get(n)) for n, s in shared.items()}
 

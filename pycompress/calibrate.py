@@ -93,7 +93,7 @@ def _batch(entry: Any) -> Batch:
 
 
 class _ReachedError(Exception):
-    """The last block was reached: the rest of the forward pass is not needed."""
+    """What was wanted of the forward pass is there: the rest is not needed."""
 
 
 def in_float32(module: nn.Module) -> Callable[..., Any]:
@@ -155,46 +155,67 @@ class Stream:
         return self.blocks[self.position]
 
     @torch.no_grad()
-    def run(self) -> Iterator[Tensor]:
-        """The current block's output for each batch."""
+    def run(self) -> Iterator[Tensor | None]:
+        """The current block's output for each batch; None for a batch that a hook ended early."""
         block = in_float32(self.block)
         device = next(self.block.parameters()).device
         for index, hidden in enumerate(self.hidden):
             args, kwargs = self.arguments[index][self.position]
-            yield block(hidden.to(device), *args, **kwargs)
+            try:
+                yield block(hidden.to(device), *args, **kwargs)
+            except _ReachedError:
+                yield None
 
-    @torch.no_grad()
-    def statistics(self, linears: dict[str, nn.Module]) -> dict[str, Statistics]:
-        """Gram matrices of the inputs of `linears` (one of each group that shares an input), padding left out."""
-        sums: dict[str, Tensor] = {}
-        current = [0]
+    def statistics(self, linears: dict[str, nn.Module], advance: bool = False) -> dict[str, Statistics]:
+        """Statistics of the inputs of `linears`, in order of execution, one of each group that shares an input.
 
-        def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                mask = self.masks[current[0]]
-                x = args[0].reshape(-1, args[0].shape[-1])
-                x = x if mask is None else x[mask.to(x.device).flatten()]
-                product = gram(x.float().T)
-                sums[name] = product if name not in sums else sums[name].add_(product)
-
-            return hook
-
-        handles = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
-        tokens = 0
+        Padding does not count. `advance`: go on to the next block, as `advance()` does, in the same pass.
+        """
+        sums = {name: _InputGram(module, last=False) for name, module in linears.items()}
+        if sums and not advance:
+            next(reversed(sums.values())).last = True
+        outputs: list[Tensor | None] = []
+        batches = self.run()
         try:
-            for index, output in enumerate(self.run()):
-                mask = self.masks[index]
-                tokens += output[..., 0].numel() if mask is None else int(mask.sum())
-                current[0] = index + 1
+            for mask in self.masks:
+                for gram_sum in sums.values():
+                    gram_sum.mask = mask
+                output = next(batches)
+                outputs.append(output if advance else None)
         finally:
-            for handle in handles:
-                handle.remove()
-        return {name: Statistics(total / tokens, tokens) for name, total in sums.items()}
+            for gram_sum in sums.values():
+                gram_sum.handle.remove()
+        if advance:
+            self._enter_next(outputs)
+        return {name: Statistics(gram_sum.total / gram_sum.tokens, gram_sum.tokens) for name, gram_sum in sums.items()}
 
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and go to the next block."""
-        self.hidden = list(self.run())
+        self._enter_next(list(self.run()))
+
+    def _enter_next(self, outputs: list[Tensor | None]) -> None:
+        self.hidden = [output for output in outputs if output is not None]
         self.position += 1
+
+
+class _InputGram:
+    """Adds up the Gram matrix of a module's inputs, without padded tokens; ends the forward pass after the last one."""
+
+    def __init__(self, module: nn.Module, last: bool) -> None:
+        self.mask: Tensor | None = None
+        self.last = last
+        self.tokens = 0
+        self.total: Tensor = torch.zeros(())
+        self.handle = module.register_forward_pre_hook(self.add)
+
+    def add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        x = x if self.mask is None else x[self.mask.to(x.device).flatten()]
+        product = gram(x.float().T)
+        self.total = product if not self.tokens else self.total.add_(product)
+        self.tokens += len(x)
+        if self.last:
+            raise _ReachedError
 
 
 def _skip(blocks: list[nn.Module], seen: list[tuple[tuple[Any, ...], dict[str, Any]]], entry: list[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from pycompress import groups
+from pycompress import _ext, groups
 from pycompress.formats import SharedChannels, pack_shared
 from pycompress.replace import dense_weight, replace
 
@@ -129,3 +129,15 @@ def pack_by_hand_fixture() -> Callable[..., ByHand]:
 @pytest.fixture(name="compress_by_hand", scope="session")
 def compress_by_hand_fixture() -> Callable[..., dict[str, ByHand]]:
     return compress_by_hand
+
+
+@pytest.fixture(params=["reference"] if _ext.C is None else _ext.C.isas())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction-set level of the native module in turn, in use while the test runs."""
+    if _ext.C is None:
+        yield request.param
+        return
+    before = _ext.C.isa()
+    _ext.C.set_isa(request.param)
+    yield request.param
+    _ext.C.set_isa(before)

@@ -92,14 +92,16 @@ def test_the_choice_is_the_best_of_its_candidates_and_fits(keep):
     packed = compress(weight, Statistics(gram, 400), config, None)
     assert packed.nbytes <= keep * weight.numel() * 4
     chosen = output_error(weight, damped(gram, 1e-3), packed.unpack())
+    fitting = 0
     for share, clusters in (("output", 0), ("output", 8), ("input", 12)):
-        other = compress(
-            weight,
-            Statistics(gram, 400),
-            SWSC(keep, weighting="inputs", share=share, clusters=clusters, allocation="uniform"),
-            None,
-        )
+        config = SWSC(keep, weighting="inputs", share=share, clusters=clusters, allocation="uniform")
+        try:
+            other = compress(weight, Statistics(gram, 400), config, None)
+        except ValueError:
+            continue  # these clusters alone exceed the budget
+        fitting += 1
         assert chosen <= output_error(weight, damped(gram, 1e-3), other.unpack()) * 1.001
+    assert fitting
 
 
 def test_curve_ends_at_the_dense_matrix():

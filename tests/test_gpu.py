@@ -27,22 +27,30 @@ def draw(*size, seed=0, dtype=torch.float32):
     return torch.randn(size, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
 
 
-def packed(share, dtype, outputs=1000, inputs=2064, k=150, r=63):
-    """A layer of trained-like scale: weight, factor, labels, bias."""
-    stacked, other = ((k + r, inputs), (outputs, r)) if share == "output" else ((outputs, k + r), (r, inputs))
-    channels = outputs if share == "output" else inputs
-    labels = torch.randint(0, k, (channels,), generator=torch.Generator().manual_seed(1)).short().cuda()
+def packed(share, dtype, sizes=(1000, 2064, 150, 63), pivoted=False, index=torch.int16):
+    """A layer of trained-like scale: weight, factor, labels, channels, bias."""
+    outputs, inputs, k, r = sizes
+    count = outputs if share == "output" else inputs
+    stored = count - r if pivoted else count
+    stacked, other = ((k + r, inputs), (stored, r)) if share == "output" else ((outputs, k + r), (r, stored))
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, k, (count,), generator=generator).to("cuda", index)
+    channels = torch.randperm(count, generator=generator).to("cuda", index) if pivoted else None
     weight = draw(*stacked, seed=2, dtype=dtype) / inputs**0.5
-    return weight, draw(*other, seed=3, dtype=dtype), labels, draw(outputs, seed=4, dtype=dtype)
+    return weight, draw(*other, seed=3, dtype=dtype), labels, channels, draw(outputs, seed=4, dtype=dtype)
 
 
-def dense(weight, factor, labels, share):
+def dense(weight, factor, labels, channels, share):
     """The matrix the layer stands for, in float64."""
+    along = 0 if share == "output" else 1
+    rank = factor.shape[1 - along]
     weight, factor = weight.double(), factor.double()
+    if channels is not None:
+        identity = torch.eye(rank, dtype=torch.float64, device="cuda")
+        factor = torch.cat([identity, factor], dim=along).index_select(along, channels.long().argsort())
+    k = weight.shape[along] - rank
     if share == "output":
-        k = weight.shape[0] - factor.shape[1]
         return weight[:k][labels.long()] + factor @ weight[k:]
-    k = weight.shape[1] - factor.shape[0]
     return weight[:, :k][:, labels.long()] + weight[:, k:] @ factor
 
 
@@ -50,60 +58,83 @@ def relative_error(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
 
 
+FORMS = pytest.mark.parametrize(("pivoted", "index"), [(False, torch.int16), (True, torch.int16), (True, torch.int32)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FORMS
 @pytest.mark.parametrize("share", ["output", "input"])
 @pytest.mark.parametrize("tokens", [1, 2, 17, 64, 65, 1000])
-def test_shared_linear_is_as_precise_as_a_dense_layer_of_its_dtype(tokens, share, dtype):
+def test_shared_linear_is_as_precise_as_a_dense_layer_of_its_dtype(tokens, share, pivoted, index, dtype):
     from pycompress.ops import shared_linear
 
-    weight, factor, labels, bias = packed(share, dtype)
-    x = draw(tokens, weight.shape[1] if share == "output" else factor.shape[1], seed=5, dtype=dtype)
-    restored = dense(weight, factor, labels, share)
-    exact = linear(x.double(), restored, bias.double())
-    y = shared_linear(x, weight, factor, labels, bias=bias, share=share)
-    by_torch = relative_error(linear(x, restored.to(dtype), bias), exact)
+    layer = packed(share, dtype, pivoted=pivoted, index=index)
+    x = draw(tokens, 2064, seed=5, dtype=dtype)
+    restored = dense(*layer[:4], share)
+    exact = linear(x.double(), restored, layer[4].double())
+    y = shared_linear(x, *layer, share=share)
+    by_torch = relative_error(linear(x, restored.to(dtype), layer[4]), exact)
     assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("share", ["output", "input"])
 @pytest.mark.parametrize("tokens", [1, 16, 300])
-def test_shared_linear_gives_the_same_bits_twice_and_from_a_cuda_graph(tokens, share):
+def test_shared_linear_gives_the_same_bits_twice_and_from_a_cuda_graph(tokens, share, pivoted):
     from pycompress.ops import shared_linear
 
-    weight, factor, labels, bias = packed(share, torch.bfloat16)
-    x = draw(tokens, (weight if share == "output" else factor).shape[1], dtype=torch.bfloat16)
-    eager = shared_linear(x, weight, factor, labels, bias=bias, share=share)
-    assert torch.equal(eager, shared_linear(x, weight, factor, labels, bias=bias, share=share))
+    layer = packed(share, torch.bfloat16, pivoted=pivoted)
+    x = draw(tokens, 2064, dtype=torch.bfloat16)
+    eager = shared_linear(x, *layer, share=share)
+    assert torch.equal(eager, shared_linear(x, *layer, share=share))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = shared_linear(x, weight, factor, labels, bias=bias, share=share)
+        captured = shared_linear(x, *layer, share=share)
     captured.fill_(torch.nan)
     graph.replay()
     assert torch.equal(eager, captured)
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("share", ["output", "input"])
-def test_shared_linear_trains_on_the_gpu_as_the_dense_formula_does(share):
+def test_shared_linear_trains_on_the_gpu_as_the_dense_formula_does(share, pivoted):
     from pycompress.ops import shared_linear
 
-    weight, factor, labels, bias = packed(share, torch.float32, 63, 100, 9, 5)
+    weight, factor, labels, channels, bias = packed(share, torch.float32, (63, 100, 9, 5), pivoted)
     x = draw(7, 100, seed=6)
     leaves = [t.double().requires_grad_() for t in (x, weight, factor, bias)]
-    exact = linear(leaves[0], dense(leaves[1], leaves[2], labels, share), leaves[3]).square().sum()
+    exact = linear(leaves[0], dense(leaves[1], leaves[2], labels, channels, share), leaves[3]).square().sum()
     expected = torch.autograd.grad(exact, leaves)
     given = [t.clone().requires_grad_() for t in (x, weight, factor, bias)]
-    loss = shared_linear(*given[:3], labels, bias=given[3], share=share).square().sum()
+    loss = shared_linear(*given[:3], labels, channels, given[3], share=share).square().sum()
     for got, want in zip(torch.autograd.grad(loss, given), expected, strict=True):
         assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_shared_linear_follows_autocast_as_a_dense_layer_does(tokens, share):
+    from pycompress.ops import shared_linear
+
+    layer = packed(share, torch.float32, pivoted=True)
+    weight, x = dense(*layer[:4], share).float(), draw(tokens, 2064, seed=5)
+    ours, torchs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y, expected = shared_linear(ours, *layer, share=share), linear(torchs, weight, layer[4])
+    assert y.dtype == expected.dtype == torch.bfloat16
+    grads = [torch.autograd.grad(out.square().sum(), leaf)[0] for out, leaf in ((y, ours), (expected, torchs))]
+    assert relative_error(y, expected.double()) < 0.02
+    assert relative_error(grads[0], grads[1].double()) < 0.02
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("share", [False, True])
-def test_shared_linear_passes_opcheck_on_the_gpu(share):
+def test_shared_linear_passes_opcheck_on_the_gpu(share, pivoted):
     import pycompress.ops  # noqa: F401
 
-    layer = packed("input" if share else "output", torch.float32, 63, 100, 9, 5)
-    *factors, labels, bias = (t.requires_grad_() if t.is_floating_point() else t for t in (draw(7, 100), *layer))
-    torch.library.opcheck(torch.ops.pycompress.shared_linear.default, (*factors, labels, None, bias, share))
+    layer = packed("input" if share else "output", torch.float32, (63, 100, 9, 5), pivoted)
+    given = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in (draw(7, 100), *layer)]
+    torch.library.opcheck(torch.ops.pycompress.shared_linear.default, (*given, share))
 
 
 def test_the_kernels_in_use_are_triton():
@@ -113,18 +144,19 @@ def test_the_kernels_in_use_are_triton():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FORMS
 @pytest.mark.parametrize("share", ["output", "input"])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_the_native_cuda_kernel_agrees_with_float64(tokens, share, dtype):
+def test_the_native_cuda_kernel_agrees_with_float64(tokens, share, pivoted, index, dtype):
     from pycompress import _ext
     from pycompress.ops.shared_linear import shared_linear_cuda_native
 
     if not isinstance(_ext.build_info()["cuda"], list):
         pytest.skip(f"no CUDA kernel was built: {_ext.build_info()['cuda']}")
-    weight, factor, labels, bias = packed(share, dtype)
-    x = draw(tokens, (weight if share == "output" else factor).shape[1], dtype=dtype)
-    y = shared_linear_cuda_native(x, weight, factor, labels, bias, share == "input")
-    exact = linear(x.double(), dense(weight, factor, labels, share), bias.double())
+    layer = packed(share, dtype, pivoted=pivoted, index=index)
+    x = draw(tokens, 2064, dtype=dtype)
+    y = shared_linear_cuda_native(x, *layer, share == "input")
+    exact = linear(x.double(), dense(*layer[:4], share), layer[4].double())
     assert relative_error(y, exact) < (1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
 
 

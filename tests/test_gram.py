@@ -1,26 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from pycompress import _ext
 from pycompress.ops import gram
 
-LEVELS = ["reference"] if _ext.C is None else _ext.C.isas()
 SHAPES = [(1, 1), (63, 1000), (64, 64), (130, 257), (257, 5), (3, 40, 17)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _ext.C is None:
-        yield request.param
-        return
-    before = _ext.C.isa()
-    _ext.C.set_isa(request.param)
-    yield request.param
-    _ext.C.set_isa(before)
 
 
 def _points(shape: tuple[int, ...]) -> torch.Tensor:

@@ -49,22 +49,30 @@ def relative_error(got, exact):
 
 # N, K, k, r: round, odd, no clusters, no rank, nothing at all.
 LAYERS = [(128, 256, 16, 16), (63, 201, 9, 5), (100, 63, 0, 16), (63, 1000, 40, 0), (32, 48, 0, 0)]
+# Pivoted: round, odd, no clusters, nothing but pivots.
+PIVOTED = [(128, 256, 16, 16), (63, 201, 9, 5), (101, 63, 0, 19), (21, 21, 4, 21)]
 
 
-def packed(shape, share, dtype, bias):
+def packed(shape, share, dtype, bias, pivoted=False, index=torch.int16):
+    """Weight, factor, labels, channels and bias of a random layer."""
     outputs, inputs, k, r = shape
-    stacked, other = ((k + r, inputs), (outputs, r)) if share == "output" else ((outputs, k + r), (r, inputs))
-    labels = None
-    if k:
-        channels = outputs if share == "output" else inputs
-        labels = torch.randint(0, k, (channels,), generator=torch.Generator().manual_seed(1)).short().to(DEVICE)
+    count = outputs if share == "output" else inputs
+    stored = count - r if pivoted else count
+    stacked, other = ((k + r, inputs), (stored, r)) if share == "output" else ((outputs, k + r), (r, stored))
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, k, (count,), generator=generator).to(DEVICE, index) if k else None
+    channels = torch.randperm(count, generator=generator).to(DEVICE, index) if pivoted else None
     weight, factor = draw(*stacked, seed=2, dtype=dtype), draw(*other, seed=3, dtype=dtype)
-    return weight, factor, labels, draw(outputs, seed=4, dtype=dtype) if bias else None
+    return weight, factor, labels, channels, draw(outputs, seed=4, dtype=dtype) if bias else None
 
 
-def in_torch(x, weight, factor, labels, bias, share):
-    """The layer in plain torch, in the dtype of its inputs."""
-    rank = factor.shape[1] if share == "output" else factor.shape[0]
+def in_torch(x, weight, factor, labels, channels, bias, share):
+    """The layer in plain torch, in the dtype of its inputs, with the pivots' identity written out."""
+    along = 0 if share == "output" else 1
+    rank = factor.shape[1 - along]
+    if channels is not None:
+        identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+        factor = torch.cat([identity, factor], dim=along).index_select(along, channels.long().argsort())
     if share == "output":
         stacked = linear(x, weight)
         y = linear(stacked[..., stacked.shape[-1] - rank :], factor, bias)
@@ -76,19 +84,24 @@ def in_torch(x, weight, factor, labels, bias, share):
     return linear(torch.cat([x @ hot, low], dim=-1), weight, bias)
 
 
+def wide(tensors):
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("share", ["output", "input"])
 @pytest.mark.parametrize("tokens", [1, 33, 65])
-def test_shared_linear_errs_at_most_twice_as_much_as_torch(tokens, share, dtype):
+def test_shared_linear_errs_at_most_twice_as_much_as_torch(tokens, share, pivoted, dtype):
     from pycompress.kernels.shared_linear import shared_linear_cuda
 
-    for index, shape in enumerate(LAYERS):
-        x = draw(shape[1], tokens, dtype=dtype).T if index % 2 else draw(tokens, shape[1], dtype=dtype)
-        layer = packed(shape, share, dtype, bias=index != 1)
+    for number, shape in enumerate(PIVOTED if pivoted else LAYERS):
+        x = draw(shape[1], tokens, dtype=dtype).T if number % 2 else draw(tokens, shape[1], dtype=dtype)
+        layer = packed(shape, share, dtype, number != 1, pivoted, torch.int32 if number == 1 else torch.int16)
         y = shared_linear_cuda(x, *layer, share == "input")
         assert y.shape == (tokens, shape[0])
         assert y.dtype == dtype
-        exact = in_torch(*(t if t is None or t.dtype == torch.int16 else t.double() for t in (x, *layer)), share)
+        exact = in_torch(*wide([x, *layer]), share)
         # Products in three TF32 parts keep 21 of float32's 24 bits.
         floor = 1e-6 if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
         assert relative_error(y, exact) <= 2 * relative_error(in_torch(x, *layer, share), exact) + floor, shape
@@ -98,11 +111,21 @@ def test_shared_linear_errs_at_most_twice_as_much_as_torch(tokens, share, dtype)
 def test_shared_linear_takes_any_leading_shape(share):
     from pycompress.kernels.shared_linear import shared_linear_cuda
 
-    layer = packed(LAYERS[1], share, torch.float32, bias=True)
+    layer = packed(LAYERS[1], share, torch.float32, bias=True, pivoted=True)
     x = draw(2, 3, 201)
     rows = shared_linear_cuda(x.reshape(6, 201), *layer, share == "input")
     assert torch.equal(shared_linear_cuda(x, *layer, share == "input"), rows.view(2, 3, 63))
     assert shared_linear_cuda(x[:0], *layer, share == "input").shape == (0, 3, 63)
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_shared_linear_of_float64_is_exact(share, pivoted):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    layer = packed(LAYERS[1], share, torch.float64, True, pivoted)
+    x = draw(3, 201, dtype=torch.float64)
+    assert relative_error(shared_linear_cuda(x, *layer, share == "input"), in_torch(x, *layer, share)) < 1e-14
 
 
 # Gram ------------------------------------------------------------------------------------------------------------

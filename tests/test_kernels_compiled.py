@@ -85,10 +85,14 @@ def check(launches, capability, folder, products=()):
     assert set(products) <= {kernel.__name__ for kernel, _, _ in launches}
 
 
-def layer(share, dtype, outputs=4096, inputs=1024, k=512, r=64):
-    stacked, other = ((k + r, inputs), (outputs, r)) if share == "output" else ((outputs, k + r), (r, inputs))
-    labels = torch.zeros(outputs if share == "output" else inputs, dtype=torch.int16)
-    return torch.zeros(stacked, dtype=dtype), torch.zeros(other, dtype=dtype), labels, torch.zeros(outputs, dtype=dtype)
+def layer(share, dtype, pivoted=False, sizes=(4096, 1024, 512, 64), index=torch.int16):
+    outputs, inputs, k, r = sizes
+    count = outputs if share == "output" else inputs
+    stored = count - r if pivoted else count
+    stacked, other = ((k + r, inputs), (stored, r)) if share == "output" else ((outputs, k + r), (r, stored))
+    channels = torch.arange(count, dtype=index) if pivoted else None
+    factors = torch.zeros(stacked, dtype=dtype), torch.zeros(other, dtype=dtype)
+    return *factors, torch.zeros(count, dtype=index), channels, torch.zeros(outputs, dtype=dtype)
 
 
 both = pytest.mark.parametrize("capability", [80, 90])
@@ -96,25 +100,33 @@ both = pytest.mark.parametrize("capability", [80, 90])
 
 @both
 @pytest.mark.parametrize(
-    ("tokens", "dtype"),
-    [(1, torch.bfloat16), (64, torch.bfloat16), (512, torch.bfloat16), (64, torch.float32)],
+    ("tokens", "dtype", "pivoted"),
+    [
+        (1, torch.bfloat16, False),
+        (64, torch.bfloat16, False),
+        (1, torch.bfloat16, True),
+        (64, torch.bfloat16, True),
+        (512, torch.bfloat16, True),
+        (64, torch.float32, True),
+    ],
     ids=str,
 )
-def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, capability, launches, tmp_path):
+def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, pivoted, capability, launches, tmp_path):
     from pycompress.kernels.shared_linear import shared_linear_cuda
 
     for share in ("output", "input"):
-        shared_linear_cuda(torch.zeros(tokens, 1024, dtype=dtype), *layer(share, dtype), share == "input")
+        shared_linear_cuda(torch.zeros(tokens, 1024, dtype=dtype), *layer(share, dtype, pivoted), share == "input")
     products = {1: (), 64: ("_split_kernel",), 512: ("_expand_kernel",)}[tokens]
     check(launches, capability, tmp_path, products)
 
 
 @both
-def test_shared_linear_fits_in_float16_and_at_odd_sizes(capability, launches, tmp_path):
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_shared_linear_fits_in_float16_and_at_odd_sizes(pivoted, capability, launches, tmp_path):
     from pycompress.kernels.shared_linear import shared_linear_cuda
 
     for share in ("output", "input"):
-        odd = layer(share, torch.float16, 63, 1001, 9, 5)
+        odd = layer(share, torch.float16, pivoted, (63, 1001, 9, 5), torch.int32)
         shared_linear_cuda(torch.zeros(33, 1001, dtype=torch.float16), *odd, share == "input")
     check(launches, capability, tmp_path, ("_split_kernel",))
 

@@ -1,27 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pycompress import _ext
 from pycompress.ops import gram, lowrank
-
-LEVELS = ["reference"] if _ext.C is None else _ext.C.isas()
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _ext.C is None:
-        yield request.param
-        return
-    before = _ext.C.isa()
-    _ext.C.set_isa(request.param)
-    yield request.param
-    _ext.C.set_isa(before)
 
 
 def _matrix(n: int, d: int, decay: float = 1.0) -> Tensor:

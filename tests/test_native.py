@@ -109,27 +109,45 @@ def test_every_op_says_which_kernels_it_has() -> None:
 def test_the_native_cuda_kernel_is_refused_off_the_gpu() -> None:
     x = torch.zeros(1, 4)
     with pytest.raises((RuntimeError, ValueError), match="CUDA"):
-        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, False)
+        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, None, False)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("pivoted", "index"), [(False, torch.int16), (True, torch.int16), (True, torch.int32)])
 @pytest.mark.parametrize("share", ["output", "input"])
-def test_the_native_cuda_kernel_agrees_with_float64(share: str, dtype: torch.dtype) -> None:
+def test_the_native_cuda_kernel_agrees_with_float64(
+    share: str, pivoted: bool, index: torch.dtype, dtype: torch.dtype
+) -> None:
     outputs, inputs, k, r = 63, 1000, 17, 13
     rows = share == "output"
-    shapes = ((k + r, inputs), (outputs, r)) if rows else ((outputs, k + r), (r, inputs))
+    count = outputs if rows else inputs
+    stored = count - r if pivoted else count
+    shapes = ((k + r, inputs), (stored, r)) if rows else ((outputs, k + r), (r, stored))
     weight, factor = ((torch.randn(shape, device="cuda") * 0.05).to(dtype) for shape in shapes)
-    labels = torch.randint(0, k, (outputs if rows else inputs,), device="cuda").short()
-    bias = torch.randn(outputs, device="cuda").to(dtype)
+    labels = torch.randint(0, k, (count,), device="cuda").to(index)
+    channels = torch.randperm(count, device="cuda").to(index) if pivoted else None
+    layer = (weight, factor, labels, channels, torch.randn(outputs, device="cuda").to(dtype))
     for tokens in (1, 5, 16):
         x = torch.randn(tokens, inputs, device="cuda").to(dtype)
-        exact = ops.shared_linear(
-            *(t.cpu().double() for t in (x, weight, factor)), labels.cpu(), bias=bias.cpu().double(), share=share
-        )
-        y = shared_linear_cuda_native(x, weight, factor, labels, bias, not rows)
+        wide = (t if t is None else t.cpu().double() if t.is_floating_point() else t.cpu() for t in (x, *layer))
+        exact = ops.shared_linear(*wide, share=share)
+        y = shared_linear_cuda_native(x, *layer, not rows)
         assert (y.cpu() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max() + 1e-5
+
+
+def _build(root: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext` in a made-up checkout that has the package's build files and no sources."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, root)
+    (root / "README.md").write_text("")
+    for folder in ("pycompress", "kernels", "csrc"):
+        (root / folder).mkdir(exist_ok=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", *arguments]
+    done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
@@ -143,21 +161,22 @@ def test_the_native_cuda_kernel_agrees_with_float64(share: str, dtype: torch.dty
 )
 def test_a_build_that_cannot_be_made_is_one_sentence(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
     pytest.importorskip("setuptools")
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "README.md").write_text("")
-    for folder in ("pycompress", "kernels", "csrc"):
-        (tmp_path / folder).mkdir()
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env=os.environ | {name: value.format(empty=tmp_path) for name, value in environment.items()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = _build(tmp_path, {name: value.format(empty=tmp_path) for name, value in environment.items()}, "--inplace")
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: pycompress._C was not built")]
     assert len(warnings) == 1
     assert reason in warnings[0]
     assert reason in (tmp_path / "pycompress" / "_C.why").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+def test_only_a_build_in_place_touches_the_checkouts_module(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    module = tmp_path / "pycompress" / "_C.cpython-39-x86_64-linux-gnu.so"
+    module.parent.mkdir()
+    module.write_bytes(b"in use")
+    _build(tmp_path, {"PYCOMPRESS_NO_NATIVE": "1"}, "--build-lib", str(tmp_path / "stage"))
+    assert module.read_bytes() == b"in use"
+    assert [file.name for file in module.parent.iterdir()] == [module.name]
+    assert (tmp_path / "stage" / "pycompress" / "_C.why").exists()
+    _build(tmp_path, {"PYCOMPRESS_NO_NATIVE": "1"}, "--inplace")
+    assert [file.name for file in module.parent.iterdir()] == ["_C.why"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,27 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from pycompress import _ext
 from pycompress.ops import shared_linear
 
-LEVELS = ["reference"] if _ext.C is None else _ext.C.isas()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, K, k, r
 SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (300, 65, 40, 0), (90, 77, 0, 33), (1, 1, 1, 1), (700, 130, 330, 300)]
 
 PIVOTED_SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (90, 77, 0, 33), (20, 20, 3, 20), (700, 330, 40, 300)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _ext.C is None:
-        yield request.param
-        return
-    before = _ext.C.isa()
-    _ext.C.set_isa(request.param)
-    yield request.param
-    _ext.C.set_isa(before)
 
 
 @dataclass(frozen=True)
@@ -252,6 +239,63 @@ def test_wide_indices_give_what_narrow_ones_do(level: str, share: str, tokens: i
     x = torch.randn(tokens, 100)
     ours = shared_linear(x, *wide.arguments(), share=share)
     assert torch.equal(ours, shared_linear(x, *narrow.arguments(), share=share))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_autocast_casts_as_it_does_for_a_dense_layer(share: str, dtype: torch.dtype, tokens: int) -> None:
+    case = _case(share, (63, 100, 9, 5), torch.float32, pivoted=True)
+    weight, factor, bias = (t.clone().requires_grad_() for t in (case.weight, case.factor, case.bias))
+    dense = torch.from_numpy(case.dense).float().requires_grad_()
+    x = torch.randn(tokens, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours, torchs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = shared_linear(ours, weight, factor, case.labels, case.channels, bias, share=share)
+        expected = F.linear(torchs, dense, case.bias)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for got, want in ((y, expected), (ours.grad, torchs.grad)):
+        assert got is not None
+        assert want is not None
+        assert got.dtype == want.dtype
+        assert (got - want).norm() <= 0.02 * want.norm()
+    for trained in (weight, factor, bias):
+        assert trained.grad is not None
+        assert trained.grad.dtype == torch.float32
+        assert trained.grad.isfinite().all()
+    # The gradient of the dense matrix, carried to the stored one: W = C[labels] + U V is linear in `weight`.
+    assert dense.grad is not None
+    stacked_grad = _to_stacked(dense.grad, case)
+    assert (weight.grad - stacked_grad).norm() <= 0.02 * stacked_grad.norm()
+
+
+def _to_stacked(grad: Tensor, case: Case) -> Tensor:
+    """The gradient of `weight` from that of the dense matrix `[N, K]`."""
+    rows = grad if case.share == "output" else grad.T
+    factor = case.factor if case.share == "output" else case.factor.T
+    assert case.labels is not None
+    assert case.channels is not None
+    count, rank = len(rows), factor.shape[1]
+    whole = torch.zeros(count, rank).index_copy(0, case.channels.long(), torch.cat([torch.eye(rank), factor]))
+    member = F.one_hot(case.labels.long()).float()
+    stacked = torch.cat([member, whole], dim=1).T @ rows
+    return stacked if case.share == "output" else stacked.T
+
+
+def test_autocast_leaves_float64_alone_and_traces_in_one_graph() -> None:
+    exact = _case("output", (9, 7, 4, 3), torch.float64)
+    single = _case("output", (9, 7, 4, 3), torch.float32)
+
+    def layer(x: Tensor) -> Tensor:
+        return shared_linear(x, *single.arguments(), share="output")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.ones(2, 7)
+        assert shared_linear(x.double(), *exact.arguments(), share="output").dtype == torch.float64
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_wrong_input_is_named() -> None:

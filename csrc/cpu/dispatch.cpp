@@ -37,7 +37,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 #endif
 
 #define PYCOMPRESS_LEVEL_KERNELS(level) \
-  {level::gram, level::kmeans_plus_plus, level::lloyd, level::centre, level::shared_linear}
+  {level::gram, level::kmeans_plus_plus, level::lloyd, level::centre, level::shared_linear, level::shared_linear_gather}
 
 const Level LEVELS[] = {
     {"portable", always, PYCOMPRESS_LEVEL_KERNELS(portable)},
@@ -50,7 +50,8 @@ const Level LEVELS[] = {
 #ifdef PYCOMPRESS_HAS_AVX512BF16
     {"avx512bf16",
      has_avx512bf16,
-     {avx512::gram, avx512::kmeans_plus_plus, avx512::lloyd, avx512::centre, avx512bf16::shared_linear}},
+     {avx512::gram, avx512::kmeans_plus_plus, avx512::lloyd, avx512::centre, avx512bf16::shared_linear,
+      avx512bf16::shared_linear_gather}},
 #endif
 };
 

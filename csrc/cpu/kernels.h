@@ -71,15 +71,19 @@ struct Kernels {
   void (*lloyd)(const LloydArgs &);
   void (*centre)(const CentreArgs &);
   void (*shared_linear)(const SharedLinearArgs &);
+  // What of a float32 layer is no product. Output sharing: y from `reduced` [tokens, k + r] and the product of its
+  // low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's product.
+  void (*shared_linear_gather)(const SharedLinearArgs &, float *reduced, const float *product);
 };
 
-#define PYCOMPRESS_DECLARE(level)               \
-  namespace level {                             \
-  void gram(const GramArgs &);                  \
-  void kmeans_plus_plus(const SeedArgs &);      \
-  void lloyd(const LloydArgs &);                \
-  void centre(const CentreArgs &);              \
-  void shared_linear(const SharedLinearArgs &); \
+#define PYCOMPRESS_DECLARE(level)                                              \
+  namespace level {                                                            \
+  void gram(const GramArgs &);                                                 \
+  void kmeans_plus_plus(const SeedArgs &);                                     \
+  void lloyd(const LloydArgs &);                                               \
+  void centre(const CentreArgs &);                                             \
+  void shared_linear(const SharedLinearArgs &);                                \
+  void shared_linear_gather(const SharedLinearArgs &, float *, const float *); \
   }
 PYCOMPRESS_DECLARE(portable)
 PYCOMPRESS_DECLARE(avx2)

@@ -154,16 +154,31 @@ inline const int32_t *indices(const void *stored, bool wide, int64_t count, int3
 }
 
 template <class T>
-void run(const SharedLinearArgs &s) {
+Layer<T> layer_of(const SharedLinearArgs &s) {
   const int64_t count = s.share_input ? s.inputs : s.outputs;
   auto *room = reinterpret_cast<int32_t *>(scratch_ints(count));  // two int32 of room for each int64
-  Layer<T> layer{s, indices(s.labels, s.wide_indices, count, room),
-                 indices(s.channels, s.wide_indices, count, room + count)};
+  return {s, indices(s.labels, s.wide_indices, count, room), indices(s.channels, s.wide_indices, count, room + count)};
+}
+
+template <class T>
+void run(const SharedLinearArgs &s) {
+  Layer<T> layer = layer_of<T>(s);
   layer.permute_input();
   if (s.tokens <= FEW_TOKENS) {
     few_tokens(layer);
   } else {
     many_tokens(layer);
+  }
+}
+
+void shared_linear_gather(const SharedLinearArgs &s, float *reduced, const float *product) {
+  const Layer<float> layer = layer_of<float>(s);
+#pragma omp parallel for schedule(static) num_threads(s.threads)
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    float *row = reduced + t * layer.width;
+    layer.complete(t, row);
+    layer.finish_pivots(t, row);
+    if (!s.share_input) layer.finish(t, 0, layer.second_rows, product + t * layer.second_rows, row);
   }
 }
 

@@ -6,15 +6,17 @@
 namespace pycompress::cuda {
 
 struct SharedLinearArgs {
-  const void *x;          // [tokens, inputs]
-  const void *weight;     // output: [k + r, inputs]; input: [outputs, k + r]
-  const void *factor;     // output: [outputs, r];    input: [r, inputs]
-  const int16_t *labels;  // null when k = 0
-  const void *bias;       // [outputs] or null
-  float *reduced;         // [tokens, k + r], overwritten
-  void *y;                // [tokens, outputs]
+  const void *x;         // [tokens, inputs]
+  const void *weight;    // output: [k + r, inputs]; input: [outputs, k + r]
+  const void *factor;    // output: [outputs - pivots, r]; input: [r, inputs - pivots]
+  const void *labels;    // null when k = 0
+  const void *channels;  // a permutation with the r pivots first, whose part of the factor is the identity, or null
+  const void *bias;      // [outputs] or null
+  float *reduced;        // [tokens, k + r], overwritten
+  void *y;               // [tokens, outputs]
   int tokens, inputs, outputs, k, r;
-  int dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int dtype;          // 0 float32, 1 bfloat16, 2 float16
+  bool wide_indices;  // labels and channels are int32 rather than int16
   bool share_input;
   void *stream;
 };

@@ -23,6 +23,8 @@ __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
 # csrc/cpu/kernels.h, enum Dtype.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
+PREFILL = 25
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None]
 
@@ -106,40 +108,61 @@ def _cpu(
 ) -> Tensor:
     if x.dtype not in DTYPE_CODES:
         return shared_linear_ref(x, weight, factor, labels, channels, bias, share_input)
-    shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     rank, stacked = (factor.shape[0], weight.shape[1]) if share_input else (factor.shape[1], weight.shape[0])
     outputs = _outputs(weight, factor, channels, share_input)
-    y = torch.empty((*shape[:-1], outputs), dtype=x.dtype)
+    y = torch.empty((rows.shape[0], outputs), dtype=x.dtype)
     # Held here until the call is over: an address keeps no temporary alive.
     tensors = [
         t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, factor, labels, channels, bias)
     ]
+    sizes = (*rows.shape, outputs, stacked - rank, rank, rows.stride(0))
+    if x.dtype == torch.float32 and len(rows) >= PREFILL:
+        _cpu_prefill(rows, tensors, y, sizes, share_input)
+    else:
+        _ext.C.shared_linear(
+            *map(_ext.address, (rows, *tensors, y)),
+            *sizes,
+            DTYPE_CODES[x.dtype],
+            _wide(labels, channels),
+            share_input,
+            _ext.threads(),
+        )
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _wide(labels: Tensor | None, channels: Tensor | None) -> bool:
     index = labels if labels is not None else channels
-    _ext.C.shared_linear(
-        rows.data_ptr(),
-        *[0 if t is None else t.data_ptr() for t in tensors],
-        y.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        outputs,
-        stacked - rank,
-        rank,
-        rows.stride(0),
-        DTYPE_CODES[x.dtype],
-        index is not None and index.dtype == torch.int32,
-        share_input,
-        _ext.threads(),
-    )
-    return y
+    return index is not None and index.dtype == torch.int32
 
 
-_triton = triton_kernel("shared_linear", "shared_linear_cuda")
+def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tuple[int, ...], share_input: bool) -> None:
+    """Write `y [M, N]` by torch's products; the native module gathers, scatters and sums by label."""
+    weight, factor, labels, channels, bias = tensors
+    assert weight is not None
+    assert factor is not None
+    clusters, rank = sizes[3:5]
+    reduced, product = x.new_empty(len(x), clusters + rank), None
+    low = reduced[:, clusters:]
+    if share_input:
+        rest = x if channels is None else x.index_select(1, channels[rank:].int())
+        torch.mm(rest, factor.T, out=low)
+    else:
+        torch.mm(x, weight.T, out=reduced)
+        product = torch.mm(low, factor.T, out=x.new_empty(len(x), len(factor)))
+    addresses = map(_ext.address, (x, labels, channels, bias, reduced, product, y))
+    _ext.C.shared_linear_gather(*addresses, *sizes, _wide(labels, channels), share_input, _ext.threads())
+    if not share_input:
+        return
+    if bias is None:
+        torch.mm(reduced, weight.T, out=y)
+    else:
+        torch.addmm(bias, reduced, weight.T, out=y)
 
 
-def _cuda(
+def shared_linear_cuda_native(
     x: Tensor,
     weight: Tensor,
     factor: Tensor,
@@ -147,18 +170,6 @@ def _cuda(
     channels: Tensor | None,
     bias: Tensor | None,
     share_input: bool,
-) -> Tensor:
-    """The kernel takes whole factors: the pivots' identity is written out for it."""
-    if channels is not None:
-        along = 1 if share_input else 0
-        identity = torch.eye(factor.shape[1 - along], dtype=factor.dtype, device=factor.device)
-        whole = torch.cat([identity, factor], dim=along)
-        factor = torch.empty_like(whole).index_copy_(along, channels.long(), whole)
-    return _triton(x, weight, factor, labels, bias, share_input)
-
-
-def shared_linear_cuda_native(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, bias: Tensor | None, share_input: bool
 ) -> Tensor:
     """The few-token CUDA kernel of csrc/cuda: for tests and benchmarks, Triton being the op's CUDA implementation.
 
@@ -168,19 +179,23 @@ def shared_linear_cuda_native(
         raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
     if not x.is_cuda or x.dtype not in DTYPE_CODES:
         raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
-    if labels is not None and labels.dtype != torch.int16:
-        raise ValueError(f"labels must be int16 for this kernel, got {labels.dtype}")
-    rows, weight, factor = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), factor.contiguous()
-    outputs, rank = (weight.shape[0], factor.shape[0]) if share_input else factor.shape
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rank = factor.shape[0 if share_input else 1]
     clusters = weight.shape[1 if share_input else 0] - rank
-    y = x.new_empty((*x.shape[:-1], outputs))
+    y = x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
     reduced = x.new_empty((len(rows), clusters + rank), dtype=torch.float32)
-    labels, bias = (t if t is None else t.contiguous() for t in (labels, bias))
-    tensors = (rows, weight, factor, labels, bias, reduced, y)
+    tensors = [t if t is None else t.contiguous() for t in (weight, factor, labels, channels, bias)]
     with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
         _ext.C.shared_linear_cuda(
-            *map(_ext.address, tensors), *rows.shape, outputs, clusters, rank, DTYPE_CODES[x.dtype], share_input, stream
+            *map(_ext.address, (rows, *tensors, reduced, y)),
+            *rows.shape,
+            y.shape[-1],
+            clusters,
+            rank,
+            DTYPE_CODES[x.dtype],
+            _wide(labels, channels),
+            share_input,
+            torch.cuda.current_stream().cuda_stream,
         )
     return y
 
@@ -191,7 +206,7 @@ _op = register(
     shared_linear_ref,
     _fake,
     cpu=_cpu,
-    cuda=_cuda,
+    cuda=triton_kernel("shared_linear", "shared_linear_cuda"),
 )
 
 
@@ -278,14 +293,27 @@ def shared_linear(
     `x [..., K]`, any layout, float32, bfloat16 or float16; `weight` and `factor` as in the module's docstring and of
     the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None when k = 0; `channels`
     of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the dtype of `x`, accumulated
-    in float32. Differentiable in x, weight, factor and bias. Raises ValueError on sizes that do not fit and TypeError
-    on dtypes that differ. Reference: arXiv:2501.08631, section 3.
+    in float32. Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in x, weight, factor and
+    bias. Raises ValueError on sizes that do not fit and TypeError on dtypes that differ.
+    Reference: arXiv:2501.08631, section 3.
     """
     if share not in ("output", "input"):
         raise ValueError(f'share must be "output" or "input", got {share!r}')
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        x, weight, factor, bias = _autocast(x, weight, factor, bias)
     _check_dtypes(x, weight, factor, labels, channels, bias)
     _check_sizes(x, weight, factor, labels, channels, bias, share)
     return _op(x, weight, factor, labels, channels, bias, share == "input")
+
+
+def _autocast(x: Tensor, weight: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """What `torch.autocast` does to the arguments of `F.linear`: all but float64 take its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), cast(factor), None if bias is None else cast(bias)
 
 
 def _check_dtypes(

@@ -1,0 +1,127 @@
+"""Perplexity of Gemma-3-270M at equal bytes, method by method: `python bench/quality.py` prints and records the table.
+
+Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
+validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
+that are recorded for the same sources are not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pycompress
+from pycompress import RTN, SWSC, LowRank
+from pycompress.demo.gemma import gemma_folder
+from pycompress.measure import perplexity, token_windows
+from pycompress.recipe import Config
+
+RESULTS = Path(__file__).parent / "results" / "quality-gemma-3-270m.json"
+QK = ("q", "k")
+
+
+def published(keep: float, targets: tuple[str, ...] | None = None) -> SWSC:
+    return SWSC(keep, share="output", weighting="none", allocation="uniform", pivot=False, targets=targets)
+
+
+ROWS: tuple[tuple[str, Config | None], ...] = (
+    ("dense", None),
+    ("Q, K at 2 bits: ours", SWSC(2 / 16, targets=QK)),
+    ("Q, K at 3 bits: ours", SWSC(3 / 16, targets=QK)),
+    ("Q, K at 2 bits: weights only", SWSC(2 / 16, weighting="none", allocation="error", targets=QK)),
+    ("Q, K at 3 bits: weights only", SWSC(3 / 16, weighting="none", allocation="error", targets=QK)),
+    ("Q, K at 2 bits: published SWSC", published(2 / 16, QK)),
+    ("Q, K at 3 bits: published SWSC", published(3 / 16, QK)),
+    ("Q, K at 2 bits: RTN", RTN(2, targets=QK)),
+    ("Q, K at 3 bits: RTN", RTN(3, targets=QK)),
+    ("all, keep 0.8: ours", SWSC(0.8)),
+    ("all, keep 0.65: ours", SWSC(0.65)),
+    ("all, keep 0.8: weights only", SWSC(0.8, weighting="none", allocation="error")),
+    ("all, keep 0.65: weights only", SWSC(0.65, weighting="none", allocation="error")),
+    ("all, RTN 4 bits (keep 0.25)", RTN(4)),
+    ("all, keep 0.93: ours", SWSC(0.93)),
+    ("all, keep 0.86: ours", SWSC(0.86)),
+    ("all, keep 0.79: ours", SWSC(0.79)),
+    ("all, keep 0.8: ours without the loss", SWSC(0.8, weighting="inputs", allocation="error")),
+    ("all, keep 0.8: ours without the loss and pivots", SWSC(0.8, weighting="inputs", allocation="error", pivot=False)),
+    ("all, keep 0.8: ours, uniform", SWSC(0.8, allocation="uniform")),
+    ("all, keep 0.8: low rank", LowRank(0.8)),
+    ("Q, K at 2 bits: ours without the loss", SWSC(2 / 16, weighting="inputs", allocation="error", targets=QK)),
+    ("Q, K at 2 bits: low rank", LowRank(2 / 16, targets=QK)),
+)
+
+
+DECIDING = ("api", "allocate", "calibrate", "sensitivity", "formats", "methods/*", "ops/[g_l]*")
+
+
+def sources() -> str:
+    """A hash of the files that decide a row to more than rounding."""
+    root = Path(pycompress.__file__).parent
+    files = sorted(file for pattern in DECIDING for file in root.glob(f"{pattern}.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def measure(config: Config | None, model_folder: Path, texts: tuple[str, str]) -> dict[str, Any]:
+    """One row: compress a fresh model, and score it."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
+    start = time.perf_counter()
+    facts: dict[str, Any] = {"recipe": None, "keep_targets": 1.0, "keep_decoder": 1.0}
+    if config is not None:
+        ids = token_windows(model, tokenizer, texts[0], count=10**9)[:64]
+        calibration = ids if config.needs_calibration else None
+        report = pycompress.apply(model, config, calibration, progress=False)
+        keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
+        facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
+    seconds = time.perf_counter() - start
+    facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)
+    return facts | {"seconds": seconds}
+
+
+def recorded(state: str) -> dict[str, Any]:
+    """The rows on file, if they are of these sources."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return known["rows"] if known.get("sources") == state else {}
+
+
+def record(label: str, row: dict[str, Any], state: str) -> dict[str, Any]:
+    rows = recorded(state) | {label: row}
+    ordered = {name: rows[name] for name, _ in ROWS if name in rows}
+    versions = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    content = {"command": "python bench/quality.py", "sources": state, **versions, "rows": ordered}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    return row
+
+
+def main(only: list[str]) -> int:
+    data = os.environ.get("PYCOMPRESS_DATA")
+    if not data:
+        print("bench/quality.py reads its texts from the folder PYCOMPRESS_DATA; set it", file=sys.stderr)
+        return 1
+    calibration = (Path(data) / "wikitext2-valid.txt").read_text()[:400_000].replace(" <unk>", " unk")
+    texts = calibration, (Path(data) / "wikitext2-raw-test.txt").read_text()[:200_000]
+    folder = gemma_folder(lambda line: print(line, flush=True))
+    state = sources()
+    for label, config in ROWS:
+        if only and not any(label.startswith(part) for part in only):
+            continue
+        row = recorded(state).get(label) or record(label, measure(config, folder, texts), state)
+        print(
+            f"{label:<52} keep {row['keep_targets']:.4f} of the targets, {row['keep_decoder']:.4f} of the decoder: "
+            f"perplexity {row['perplexity']:.2f} ({row['seconds']:.0f} s)",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
