@@ -8,6 +8,7 @@ SVD of what is left, in the same metric.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +48,14 @@ class Channels:
             self.metric = gram / self.scale + INPUT_DAMPING * torch.eye(len(gram), device=gram.device)
         if sensitivity is not None and float(sensitivity.sum()) > 0:
             self.rows = sensitivity / sensitivity.mean() + OUTPUT_DAMPING
+
+    def without(self, part: Tensor) -> Channels:
+        """The same metrics on the weight less `part [N, K]`."""
+        rest = copy.copy(self)
+        for cached in ("outputs", "columns", "energy"):
+            rest.__dict__.pop(cached, None)
+        rest.weight = self.weight - part
+        return rest
 
     def scaled(self, matrix: Tensor) -> Tensor:
         """Rows times the root of their sensitivity."""

@@ -17,6 +17,7 @@ SHARES = ("output", "input")
 WEIGHTINGS = ("loss", "inputs", "none")
 # Numbers of clusters to try, as shares of the channels; 0 is plain low rank.
 CLUSTER_SHARES = (0, 1 / 32, 1 / 8, 1 / 4)
+REFINEMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,25 @@ def choose(channels: Channels, weight: Tensor, config: SWSC, budget: int) -> Cho
     return best
 
 
+def refine(channels: Channels, choice: Choice, seed: int) -> Choice:
+    """Cluster again what the low-rank part leaves, fit that part again, and so on while the error falls.
+
+    The first round takes the low-rank part of the whole weight, as if there were no clusters yet: alternation cannot
+    leave clusters that have taken what belongs to that part.
+    """
+    residual = channels.weight
+    for _ in range(REFINEMENTS if choice.sharing.clusters and choice.rank else 0):
+        u, v = channels.correction(residual, choice.rank)
+        left = channels.without(u @ v)
+        sharing = left.cluster(choice.sharing.share, choice.sharing.clusters, seed)
+        error = float(channels.tail(sharing)[choice.rank])
+        if not error < choice.error:
+            break
+        choice = Choice(sharing, choice.rank, error)
+        residual = channels.residual(sharing)
+    return choice
+
+
 def build(channels: Channels, choice: Choice, dtype: torch.dtype, pivot: bool) -> SharedChannels:
     """Pack one choice, the correction fitted to what the centroids leave."""
     centroids = channels.centroids(choice.sharing)
@@ -161,7 +181,11 @@ def compress(weight: Tensor, statistics: Statistics | None, config: SWSC, budget
     if budget is None:
         budget = int(config.keep * weight.numel() * weight.element_size())
     choice = choose(channels, weight, config, budget)
-    return None if choice is None else build(channels, choice, weight.dtype, config.pivot)
+    if choice is None:
+        return None
+    if not config.fixed:
+        choice = refine(channels, choice, config.seed)
+    return build(channels, choice, weight.dtype, config.pivot)
 
 
 def shares_budget(config: SWSC) -> bool:
