@@ -39,7 +39,7 @@ class Case:
 class Settings:
     """`cases`: one the model survives and one past it. Windows are of `window` tokens; speed is for one sequence."""
 
-    cases: tuple[Case, ...] = (Case(0.8), Case(0.5))
+    cases: tuple[Case, ...] = (Case(0.8), Case(0.125, ("q", "k")))
     window: int = 512
     calibration_windows: int = 16
     held_out_windows: int = 6
