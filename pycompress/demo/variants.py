@@ -17,6 +17,7 @@ import pycompress
 from pycompress.recipe import Config
 
 FACTS = "demo.json"
+PUBLISHED_CLUSTERS = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Settings:
 
     cases: tuple[Case, ...] = (Case(0.8), Case(0.125, ("q", "k")))
     window: int = 512
-    calibration_windows: int = 16
+    calibration_windows: int = 8
     held_out_windows: int = 6
     prompt: int = 128
     new_tokens: int = 16
@@ -66,9 +67,15 @@ def swsc(case: Case, out: Path) -> Variant:
 
 
 def published(case: Case, out: Path) -> Variant:
-    """SWSC as its paper describes it: rows shared, no data, every matrix at the same keep."""
+    """SWSC as its paper describes it: rows shared, no data, the same clusters and the same keep for every matrix."""
     config = pycompress.SWSC(
-        case.keep, share="output", weighting="none", allocation="uniform", pivot=False, targets=case.targets
+        case.keep,
+        share="output",
+        weighting="none",
+        clusters=PUBLISHED_CLUSTERS,
+        allocation="uniform",
+        pivot=False,
+        targets=case.targets,
     )
     return Variant(f"published SWSC, {case}", "published SWSC", config, out / f"published-{case.slug}")
 
