@@ -43,10 +43,10 @@ class Settings:
     cases: tuple[Case, ...] = (Case(0.8), Case(0.125, ("q", "k")))
     window: int = 512
     calibration_windows: int = 8
-    held_out_windows: int = 6
+    held_out_windows: int = 3
     prompt: int = 128
     new_tokens: int = 16
-    repeats: int = 3
+    repeats: int = 2
     continuation: int = 24
 
 
