@@ -214,6 +214,8 @@ def shared_linear_cuda(
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
     """Apply a packed linear layer: `x [..., K]` to `[..., N]` in the dtype of `x`, accumulated in float32.

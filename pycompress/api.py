@@ -81,13 +81,14 @@ class _Job:
     def __post_init__(self) -> None:
         self.undo = Undo(self.model)
         self.sensitivity: dict[str, Tensor] = {}
+        self.curves: dict[str, Curve] = {}
 
     def allocate(self, steps: Plan, configs: Recipe) -> Plan:
         """Give every step of a shared budget its bytes, from curves measured on the dense model."""
         shared = [step for step in steps.steps if METHODS[type(step.config)].shared(step.config)]
         if not shared:
             return steps
-        curves = self._curves(shared, steps.depth)
+        self.curves = curves = self._curves(shared, steps.depth)
         budgets: dict[str, int] = {}
         for config in configs:
             mine = [step.name for step in shared if step.config is config]
@@ -153,7 +154,8 @@ class _Job:
     def _matrix(self, step: Step, statistics: Statistics | None) -> tuple[str, Packed | None, Row]:
         start = time.perf_counter()
         weight = dense_weight(self.model.get_submodule(step.name))
-        packed = METHODS[type(step.config)].compress(weight, statistics, step.config, step.budget)
+        curve = self.curves.get(step.name)
+        packed = METHODS[type(step.config)].compress(weight, statistics, step.config, step.budget, curve)
         gram = None if statistics is None else statistics.gram
         error = 0.0 if packed is None else relative_output_error(weight, packed.unpack(), gram)
         after = step.nbytes if packed is None else packed.nbytes
@@ -198,6 +200,10 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             raise ValueError(f"{step.name} is on the meta device; load the model's weights before compressing it")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{step.name} holds NaN or infinite weights; load the model again from a sound file")
+        try:
+            METHODS[type(step.config)].check((weight.shape[0], weight.shape[1]), weight.dtype, step.config)
+        except ValueError as error:
+            raise ValueError(f"{step.name}: {error}") from error
 
 
 def _batches(model: nn.Module, steps: Plan, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:

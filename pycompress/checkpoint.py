@@ -20,6 +20,7 @@ from pycompress.methods.registry import Curve
 from pycompress.report import Row
 
 RUN = "run.json"
+CURVE = ("nbytes", "error", "candidate")
 Finished = list[tuple[str, Packed | None, Row]]
 
 
@@ -49,7 +50,7 @@ class Checkpoint:
             )
 
     def save_curves(self, block: int, curves: dict[str, Curve]) -> None:
-        tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in ("nbytes", "error")}
+        tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in CURVE}
         self._save(f"curves-{block:04d}", tensors, {"energy": {name: c.energy for name, c in curves.items()}})
 
     def load_curves(self, block: int) -> dict[str, Curve] | None:
@@ -58,7 +59,7 @@ class Checkpoint:
             return None
         tensors, description = found
         return {
-            name: Curve(tensors[f"{name}|nbytes"], tensors[f"{name}|error"], energy)
+            name: Curve(energy=energy, **{part: tensors[f"{name}|{part}"] for part in CURVE})
             for name, energy in description["energy"].items()
         }
 

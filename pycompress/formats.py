@@ -11,6 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pycompress import storage
+
+
+TENSORS = ("weight", "factor", "labels", "channels", "weight_scales", "factor_scales")
+
 
 @dataclass(frozen=True)
 class SharedChannels:
@@ -25,6 +30,8 @@ class SharedChannels:
     part of the factor is the identity and is not stored. `channels` is a permutation with the pivots first; `factor`
     is `U [N - r, r]` or `V [r, K - r]` for the channels after them. The same product in r² fewer numbers.
 
+    In `int8` or `int4`, `weight` and `factor` are codes as in `pycompress.storage`, with their scales.
+
     Reference: arXiv:2501.08631, section 3 (without the dense restoration); arXiv:2501.19090 for pivoting.
     """
 
@@ -34,21 +41,28 @@ class SharedChannels:
     labels: Tensor | None
     channels: Tensor | None
     shape: tuple[int, int]
+    weight_scales: Tensor | None = None
+    factor_scales: Tensor | None = None
 
     name: ClassVar[str] = "shared_channels"
 
     def __str__(self) -> str:
         parts = [self.share] if self.clusters else ["low rank"]
         parts += [f"k={self.clusters}"] if self.clusters else []
-        return " ".join([*parts, f"r={self.rank}", *(["pivoted"] if self.channels is not None else [])])
+        parts += [f"r={self.rank}"] + (["pivoted"] if self.channels is not None else [])
+        return " ".join(parts + ([self.storage] if self.storage != "float" else []))
+
+    @property
+    def storage(self) -> str:
+        return storage.storage_of(self.weight)
 
     @property
     def rank(self) -> int:
-        return self.factor.shape[1 if self.share == "output" else 0]
+        return storage.width_of(self.factor) if self.share == "output" else len(self.factor)
 
     @property
     def clusters(self) -> int:
-        return self.weight.shape[0 if self.share == "output" else 1] - self.rank
+        return (len(self.weight) if self.share == "output" else storage.width_of(self.weight)) - self.rank
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +71,8 @@ class SharedChannels:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names the layer and the saved file use."""
-        named = {"weight": self.weight, "factor": self.factor, "labels": self.labels, "channels": self.channels}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        named = ((name, getattr(self, name)) for name in TENSORS)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def spec(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON: enough to rebuild the layer's skeleton."""
@@ -68,12 +82,13 @@ class SharedChannels:
             "clusters": self.clusters,
             "rank": self.rank,
             "pivoted": self.channels is not None,
+            "storage": self.storage,
             "shape": list(self.shape),
         }
 
     def unpack(self) -> Tensor:
         """The dense matrix `[N, K]` this stands for, in float32."""
-        weight, factor, k = self.weight.float(), self.whole_factor(), self.clusters
+        weight, factor, k = storage.widen(self.weight, self.weight_scales), self.whole_factor(), self.clusters
         if self.share == "output":
             dense = factor @ weight[k:]
             return dense if self.labels is None else dense + weight[:k][self.labels.long()]
@@ -82,13 +97,7 @@ class SharedChannels:
 
     def whole_factor(self) -> Tensor:
         """`U [N, r]` or `V [r, K]` with the pivots' identity filled in, in float32."""
-        factor = self.factor.float()
-        if self.channels is None:
-            return factor
-        along = 0 if self.share == "output" else 1
-        identity = torch.eye(self.rank, device=factor.device)
-        order = torch.argsort(self.channels.long())
-        return torch.cat([identity, factor], dim=along).index_select(along, order)
+        return whole_factor(storage.widen(self.factor, self.factor_scales), self.channels, self.share)
 
 
 @dataclass(frozen=True)
@@ -130,17 +139,25 @@ def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     """The packed weight whose `spec()` and `tensors()` these are. Raises `ValueError` for an unknown format."""
     shape = (spec["shape"][0], spec["shape"][1])
     if spec["format"] == SharedChannels.name:
-        indices = tensors.get("labels"), tensors.get("channels")
-        return SharedChannels(spec["share"], tensors["weight"], tensors["factor"], *indices, shape)
+        return SharedChannels(spec["share"], shape=shape, **{name: tensors.get(name) for name in TENSORS})  # type: ignore[arg-type]
     if spec["format"] == Rounded.name:
         return Rounded(tensors["weight"], spec["bits"], spec["scales"])
     raise ValueError(f"unknown format {spec['format']!r}; this version knows {SharedChannels.name}, {Rounded.name}")
 
 
+def whole_factor(factor: Tensor, channels: Tensor | None, share: str) -> Tensor:
+    """`U [N, r]` or `V [r, K]`, its pivots' identity filled in where `channels` says which they are."""
+    if channels is None:
+        return factor
+    along = 0 if share == "output" else 1
+    identity = torch.eye(factor.shape[1 - along], dtype=factor.dtype, device=factor.device)
+    return torch.cat([identity, factor], dim=along).index_select(along, torch.argsort(channels.long()))
+
+
 def pack_shared(
     share: str, centroids: Tensor, u: Tensor, v: Tensor, labels: Tensor | None, dtype: torch.dtype, pivot: bool = True
 ) -> SharedChannels:
-    """Stack centroids and factors into the stored layout.
+    """Stack centroids and factors into the stored layout, in floats of `dtype`.
 
     `centroids [k, K]` (output) or `[k, N]` (input), `u [N, r]`, `v [r, K]`, `labels` of any integer type. `pivot`
     stores the factor without its pivots' identity.

@@ -25,11 +25,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pycompress.formats import Rounded, SharedChannels
 from pycompress.layers import SharedLinear
+from pycompress.storage import CODES
 
 METHOD = "pycompress"
 FORMAT_VERSION = 1
 SPEC_FIELDS = {
-    SharedChannels.name: {"share", "clusters", "rank", "pivoted", "shape"},
+    SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
     Rounded.name: {"bits", "scales", "shape"},
 }
 
@@ -253,6 +254,8 @@ def _check_spec(name: str, spec: Spec) -> None:
         )
     if format_name == SharedChannels.name and spec["share"] not in ("output", "input"):
         raise ValueError(f"{name}: share must be output or input, got {spec['share']!r}")
+    if format_name == SharedChannels.name and spec["storage"] not in ("float", *CODES.values()):
+        raise ValueError(f"{name}: storage must be float, int8 or int4, got {spec['storage']!r}")
 
 
 def _resolve(model: nn.Module, name: str) -> str:

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear
+from pycompress.storage import CODES, scales_shape, stored_shape
 
 
 class SharedLinear(nn.Module):
     """A linear layer whose channels share centroids, with a low-rank correction; see `formats.SharedChannels`.
 
-    Takes `x [..., K]`, gives `[..., N]`; no dense weight is ever formed. `weight`, `factor` and `bias` train.
+    Takes `x [..., K]`, gives `[..., N]`; no dense weight is ever formed. `weight`, `factor` and `bias` train; stored as
+    codes (`storage` "int8" or "int4"), weight and factor stay as they are.
     """
 
     labels: Tensor | None
     channels: Tensor | None
+    weight_scales: Tensor | None
+    factor_scales: Tensor | None
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class SharedLinear(nn.Module):
         clusters: int,
         rank: int,
         pivoted: bool,
+        storage: str,
         bias: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -33,24 +38,37 @@ class SharedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.share, self.clusters, self.rank, self.pivoted = share, clusters, rank, pivoted
+        self.storage = storage
         to: dict[str, Any] = {"dtype": dtype, "device": device}
         rows_shared = share == "output"
         channels = self.out_features if rows_shared else self.in_features
         length = channels - rank if pivoted else channels
         stacked = (clusters + rank, self.in_features) if rows_shared else (self.out_features, clusters + rank)
-        self.weight = nn.Parameter(torch.empty(stacked, **to))
-        self.factor = nn.Parameter(torch.empty((length, rank) if rows_shared else (rank, length), **to))
+        for name, shape in (("weight", stacked), ("factor", (length, rank) if rows_shared else (rank, length))):
+            self.register_parameter(name, _numbers(*shape, storage, dtype, device))
+            scales = None if storage == "float" else torch.empty(scales_shape(*shape, storage), **to)
+            self.register_buffer(f"{name}_scales", scales)
         self.bias = nn.Parameter(torch.empty(self.out_features, **to)) if bias else None
         index = torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
         for name, present in (("labels", bool(clusters)), ("channels", pivoted)):
             self.register_buffer(name, torch.empty(channels, dtype=index, device=device) if present else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shared_linear(x, self.weight, self.factor, self.labels, self.channels, self.bias, share=self.share)
+        tensors = (self.weight, self.factor, self.labels, self.channels, self.bias)
+        return shared_linear(x, *tensors, self.weight_scales, self.factor_scales, share=self.share)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, share={self.share}, "
-            f"clusters={self.clusters}, rank={self.rank}, pivoted={self.pivoted}, bias={self.bias is not None}, "
-            f"kernel={kernel_in_use(self.weight)}"
+            f"clusters={self.clusters}, rank={self.rank}, pivoted={self.pivoted}, storage={self.storage}, "
+            f"bias={self.bias is not None}, kernel={kernel_in_use(self.weight)}"
         )
+
+
+def _numbers(
+    rows: int, n: int, storage: str, dtype: torch.dtype | None, device: torch.device | str | None
+) -> nn.Parameter:
+    """An empty matrix `[rows, n]`, as `pycompress.storage` stores it."""
+    codes = {name: code for code, name in CODES.items()}
+    empty = torch.empty(stored_shape(rows, n, storage), dtype=codes.get(storage, dtype), device=device)
+    return nn.Parameter(empty, requires_grad=storage == "float")

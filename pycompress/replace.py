@@ -102,11 +102,12 @@ def _shared_linear(module: nn.Module, packed: SharedChannels) -> SharedLinear:
     weight = module.get_parameter("weight")
     layer = hub.empty_layer(packed.spec(), bias=module.bias is not None, dtype=weight.dtype, device="meta")
     for key, tensor in packed.tensors().items():
-        if tensor.is_floating_point():
-            values = tensor.detach().to(weight.device, weight.dtype)
-            layer.register_parameter(key, nn.Parameter(values, requires_grad=weight.requires_grad))
+        floats = tensor.is_floating_point()
+        values = tensor.detach().to(weight.device, weight.dtype if floats else tensor.dtype)
+        if key in dict(layer.named_parameters()):
+            layer.register_parameter(key, nn.Parameter(values, requires_grad=floats and weight.requires_grad))
         else:
-            layer.register_buffer(key, tensor.to(weight.device))
+            layer.register_buffer(key, values)
     if module.bias is not None:
         layer.bias = module.get_parameter("bias")
     return layer.train(module.training)

@@ -225,10 +225,10 @@ def test_opcheck(share: str) -> None:
     x = torch.randn(2, 3, 7, requires_grad=True)
     weight, factor, bias = (t.clone().requires_grad_() for t in (case.weight, case.factor, case.bias))
     op = torch.ops.pycompress.shared_linear.default
-    torch.library.opcheck(op, (x, weight, factor, case.labels, None, bias, share == "input"))
+    torch.library.opcheck(op, (x, weight, factor, case.labels, None, bias, None, None, share == "input"))
     low_rank = _case(share, (9, 7, 0, 3), torch.float32, pivoted=True)
     torch.library.opcheck(
-        op, (x.detach(), low_rank.weight, low_rank.factor, None, low_rank.channels, None, share == "input")
+        op, (x.detach(), low_rank.weight, low_rank.factor, None, low_rank.channels, None, None, None, share == "input")
     )
 
 

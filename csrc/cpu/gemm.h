@@ -105,9 +105,9 @@ void accumulate(const float *values, const Piece &piece, const Row &row) {
 }
 
 // Calls store(values [MR, NR], piece) for each block and slice; with `lower`, only for blocks that reach the lower
-// triangle. An empty depth stores zeros.
+// triangle. An empty depth stores zeros. A and B have `rows`, and overloads of pack_rows and pack_columns.
 template <class A, class B, class Store>
-void gemm(const Matrix<A> &a, const Matrix<B> &b, int64_t depth, bool lower, int threads, const Store &store) {
+void gemm(const A &a, const B &b, int64_t depth, bool lower, int threads, const Store &store) {
   const int64_t row_panels = (a.rows + MR - 1) / MR, column_panels = (b.rows + NR - 1) / NR;
   const int64_t high = (a.rows + BLOCK_ROWS - 1) / BLOCK_ROWS, wide = (b.rows + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
   float *rows = scratch(Slot::rows, row_panels * MR * SPACING),

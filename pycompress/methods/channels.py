@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pycompress import storage
 from pycompress.ops import kmeans, lowrank
 from pycompress.ops.gram import gram as gram_of
 
@@ -147,12 +148,17 @@ class Channels:
         return float((weighted.double() * difference.double()).sum()) / self.energy
 
 
-def stored_bytes(sharing: Sharing, rank: Tensor | int, shape: tuple[int, int], itemsize: int, pivoted: bool) -> Tensor:
+def stored_bytes(
+    sharing: Sharing, rank: Tensor, shape: tuple[int, int], itemsize: int, pivoted: bool, kind: str = "float"
+) -> Tensor:
     """Bytes of the stored format at each rank; see `formats.SharedChannels`."""
     n, k = shape
-    channels, width = (n, k) if sharing.share == "output" else (k, n)
-    r = torch.as_tensor(rank, dtype=torch.int64)
+    stacked, pivots = sharing.clusters + rank, rank * pivoted
+    if sharing.share == "output":
+        sizes = ((stacked, torch.tensor(k)), (n - pivots, rank))
+    else:
+        sizes = ((torch.tensor(n), stacked), (rank, k - pivots))
+    values = sum(storage.stored_bytes(rows, columns, kind, itemsize) for rows, columns in sizes)
+    channels = n if sharing.share == "output" else k
     index = 2 if channels <= torch.iinfo(torch.int16).max else 4
-    values = sharing.clusters * width + r * (n + k) - (r * r if pivoted else 0)
-    indices = channels * ((sharing.clusters > 0) + (r > 0).long() * pivoted)
-    return itemsize * values + index * indices
+    return values + index * channels * ((sharing.clusters > 0) + (rank > 0).long() * pivoted)

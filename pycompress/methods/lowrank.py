@@ -17,8 +17,7 @@ class LowRank(Config):
     """`Ŵ = U V`, optimal for the layer's outputs on the calibration data, or for its weights.
 
     `keep`: kept bytes over the targets' bytes, in (0, 1]. `weighting`: as in `SWSC`. `rank`: the same rank for
-    every target in place of `keep`. `allocation`: "global" spreads one budget over the targets, "uniform" gives each
-    its own share. `pivot`: store r² fewer numbers. Raises ValueError on other values.
+    every target in place of `keep`. `allocation`, `pivot`, `storage`: as in `SWSC`. Raises ValueError on other values.
     """
 
     keep: float = 0.8
@@ -26,6 +25,7 @@ class LowRank(Config):
     rank: int | None = None
     allocation: str = "loss"
     pivot: bool = True
+    storage: str | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -44,12 +44,15 @@ class LowRank(Config):
             rank=self.rank,
             allocation=self.allocation,
             pivot=self.pivot,
+            storage=self.storage,
             targets=self.targets,
         )
 
 
-def _compress(weight: Tensor, statistics: Statistics | None, config: LowRank, budget: int | None) -> Packed | None:
-    return swsc.compress(weight, statistics, config.as_swsc(), budget)
+def _compress(
+    weight: Tensor, statistics: Statistics | None, config: LowRank, budget: int | None, measured: Curve | None
+) -> Packed | None:
+    return swsc.compress(weight, statistics, config.as_swsc(), budget, measured)
 
 
 def _curve(weight: Tensor, statistics: Statistics | None, config: LowRank) -> Curve:
@@ -59,6 +62,7 @@ def _curve(weight: Tensor, statistics: Statistics | None, config: LowRank) -> Cu
 METHODS[LowRank] = Method(
     _compress,
     _curve,
+    check=lambda shape, dtype, config: swsc.check(shape, dtype, config.as_swsc()),
     shared=lambda config: swsc.shares_budget(config.as_swsc()),
     sensitive=lambda config: swsc.reads_loss(config.as_swsc()),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pycompress.formats import Packed
@@ -31,22 +32,33 @@ class Curve:
 
     `error` is the squared output error relative to the squared output, and `energy` that squared output, averaged over
     tokens and summed over outputs, each times its sensitivity where that is known: error times energy is in nats².
+    `candidate` int64 numbers what the method chose between, -1 for the dense matrix.
     """
 
     nbytes: Tensor
     error: Tensor
     energy: float
+    candidate: Tensor
+
+    def best(self, budget: int) -> int:
+        """The candidate of least error within a budget in bytes; -1 where none fits."""
+        fits = self.nbytes <= budget
+        if not bool(fits.any()):
+            return -1
+        return int(self.candidate[self.error.where(fits, torch.inf).argmin()])
 
 
 @dataclass(frozen=True)
 class Method:
-    """`compress(weight [N, K], statistics | None, config, budget in bytes | None)` gives a packed weight, or None to
-    leave the matrix dense. `curve(weight, statistics, config)` is there where one budget is shared between matrices:
-    `shared(config)` says whether it is. `sensitive(config)` says whether the loss's gradients are wanted.
+    """`compress(weight [N, K], statistics | None, config, budget in bytes | None, curve | None)` gives a packed weight,
+    or None to leave the matrix dense. `curve(weight, statistics, config)` is there where one budget is shared between
+    matrices: `shared(config)` says whether it is. `check(shape, dtype, config)` raises ValueError for a matrix that
+    cannot be packed so. `sensitive(config)` says whether the loss's gradients are wanted.
     """
 
-    compress: Callable[[Tensor, Statistics | None, Any, int | None], Packed | None]
+    compress: Callable[[Tensor, Statistics | None, Any, int | None, Curve | None], Packed | None]
     curve: Callable[[Tensor, Statistics | None, Any], Curve] | None = None
+    check: Callable[[tuple[int, int], torch.dtype, Any], None] = lambda shape, dtype, config: None
     shared: Callable[[Any], bool] = lambda config: False
     sensitive: Callable[[Any], bool] = lambda config: False
 

@@ -33,11 +33,11 @@ class RTN(Config):
             raise ValueError(f"RTN.bits must be in 1 to 8, got {self.bits}")
 
 
-def _compress(weight: Tensor, statistics: Statistics | None, config: RTN, budget: int | None) -> Rounded:
+def _compress(
+    weight: Tensor, statistics: Statistics | None, config: RTN, budget: int | None, measured: Curve | None = None
+) -> Rounded:
     n, k = weight.shape
     size = config.group_size or k
-    if k % size:
-        raise ValueError(f"RTN.group_size must divide the {k} inputs of each row, got {size}")
     groups = weight.float().view(n, k // size, size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = ((high - low) / (2**config.bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
@@ -45,4 +45,9 @@ def _compress(weight: Tensor, statistics: Statistics | None, config: RTN, budget
     return Rounded(rounded.view(n, k).to(weight.dtype), config.bits, n * (k // size))
 
 
-METHODS[RTN] = Method(_compress)
+def _check(shape: tuple[int, int], dtype: torch.dtype, config: RTN) -> None:
+    if shape[1] % (config.group_size or 1):
+        raise ValueError(f"RTN.group_size must divide the {shape[1]} inputs of each row, got {config.group_size}")
+
+
+METHODS[RTN] = Method(_compress, check=_check)

@@ -6,6 +6,7 @@ share="input": `weight [N, k + r] = [Cᵀ | U]`, `factor V [r, K]`, one label a 
 `s[:, c]` the sum of the `x[:, j]` whose label is c.
 Pivoted: `channels`, a permutation of the N or K channels, has r pivots first, whose part of the factor is the identity
 and is not stored; `factor` is `U [N - r, r]` or `V [r, K - r]` of the channels after them.
+Packed: `weight` and `factor` are the codes of `pycompress.storage`, int8 or int4, and have scales.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pycompress import _ext
+from pycompress import _ext, storage
 from pycompress.ops._library import kernel_in_use, register, triton_kernel
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
@@ -26,7 +27,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
 PREFILL = 25
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None, None, None]
 
 
 def shared_linear_ref(
@@ -36,9 +37,14 @@ def shared_linear_ref(
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    """Plain torch in the dtype of `x`."""
+    """Plain torch in the dtype of `x`; packed numbers are widened to it."""
+    if weight_scales is not None:
+        weight = storage.widen(weight, weight_scales).to(x.dtype)
+        factor = storage.widen(factor, factor_scales).to(x.dtype)
     if share_input:
         return F.linear(_reduced(x, factor, labels, channels, weight.shape[1] - factor.shape[0]), weight, bias)
     clusters = weight.shape[0] - factor.shape[1]
@@ -80,6 +86,7 @@ def _sum_by_label(values: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 
 def _outputs(weight: Tensor, factor: Tensor, channels: Tensor | None, share_input: bool) -> int:
+    """N; it is never a side along which numbers are packed."""
     if share_input:
         return weight.shape[0]
     return factor.shape[0] if channels is None else channels.shape[0]
@@ -92,6 +99,8 @@ def _fake(
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
@@ -104,10 +113,14 @@ def _cpu(
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    if x.dtype not in DTYPE_CODES:
-        return shared_linear_ref(x, weight, factor, labels, channels, bias, share_input)
+    if x.dtype not in DTYPE_CODES or weight_scales is not None:
+        return shared_linear_ref(
+            x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input
+        )
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -169,6 +182,8 @@ def shared_linear_cuda_native(
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
     """The few-token CUDA kernel of csrc/cuda: for tests and benchmarks, Triton being the op's CUDA implementation.
@@ -202,7 +217,7 @@ def shared_linear_cuda_native(
 
 _op = register(
     "shared_linear(Tensor x, Tensor weight, Tensor factor, Tensor? labels, Tensor? channels, Tensor? bias, "
-    "bool share_input) -> Tensor",
+    "Tensor? weight_scales, Tensor? factor_scales, bool share_input) -> Tensor",
     shared_linear_ref,
     _fake,
     cpu=_cpu,
@@ -211,20 +226,23 @@ _op = register(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, factor, labels, channels, bias, ctx.share_input = inputs
-    ctx.save_for_backward(x, weight, factor, labels, channels)
+    x, weight, factor, labels, channels, bias, weight_scales, factor_scales, ctx.share_input = inputs
+    ctx.save_for_backward(x, weight, factor, labels, channels, weight_scales, factor_scales)
     ctx.has_bias = bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> Gradients:
-    x, weight, factor, labels, channels = ctx.saved_tensors
+    x, weight, factor, labels, channels, weight_scales, factor_scales = ctx.saved_tensors
+    if weight_scales is not None:
+        weight = storage.widen(weight, weight_scales).to(x.dtype)
+        factor = storage.widen(factor, factor_scales).to(x.dtype)
     rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     needed = ctx.needs_input_grad
     backward = _backward_input if ctx.share_input else _backward_output
     grad_x, grad_weight, grad_factor = backward(grad_rows, rows, weight, factor, labels, channels, needed)
     grad_x = None if grad_x is None else grad_x.reshape(x.shape)
     grad_bias = grad_rows.sum(0) if ctx.has_bias and needed[5] else None
-    return grad_x, grad_weight, grad_factor, None, None, grad_bias, None
+    return grad_x, grad_weight, grad_factor, None, None, grad_bias, None, None, None
 
 
 def _backward_output(
@@ -285,43 +303,66 @@ def shared_linear(
     labels: Tensor | None,
     channels: Tensor | None = None,
     bias: Tensor | None = None,
+    weight_scales: Tensor | None = None,
+    factor_scales: Tensor | None = None,
     *,
     share: str,
 ) -> Tensor:
     """Apply a packed linear layer to `x` without restoring its weight.
 
-    `x [..., K]`, any layout, float32, bfloat16 or float16; `weight` and `factor` as in the module's docstring and of
-    the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None when k = 0; `channels`
-    of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the dtype of `x`, accumulated
-    in float32. Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in x, weight, factor and
-    bias. Raises ValueError on sizes that do not fit and TypeError on dtypes that differ.
-    Reference: arXiv:2501.08631, section 3.
+    `x [..., K]`, any layout, float32, bfloat16 or float16; `weight` and `factor` as in the module's docstring, of the
+    dtype of `x` or both int8 or both int4 codes as in `pycompress.storage`, which come with `weight_scales` and
+    `factor_scales` in the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None
+    when k = 0; `channels` of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the
+    dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in
+    x, bias, and weight and factor that are not codes. Raises ValueError on sizes that do not fit and TypeError on
+    dtypes that differ. Reference: arXiv:2501.08631, section 3.
     """
     if share not in ("output", "input"):
         raise ValueError(f'share must be "output" or "input", got {share!r}')
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        x, weight, factor, bias = _autocast(x, weight, factor, bias)
-    _check_dtypes(x, weight, factor, labels, channels, bias)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, factor, bias, weight_scales, factor_scales = (
+            _cast(tensor, dtype) for tensor in (x, weight, factor, bias, weight_scales, factor_scales)
+        )
+    _check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
     _check_sizes(x, weight, factor, labels, channels, bias, share)
-    return _op(x, weight, factor, labels, channels, bias, share == "input")
+    _check_scales("weight", weight, weight_scales)
+    _check_scales("factor", factor, factor_scales)
+    return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
 
 
-def _autocast(x: Tensor, weight: Tensor, factor: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """What `torch.autocast` does to the arguments of `F.linear`: all but float64 take its dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return cast(x), cast(weight), cast(factor), None if bias is None else cast(bias)
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """What `torch.autocast` does to the arguments of `F.linear`: floats but float64 take its dtype."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _check_dtypes(
-    x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor | None, channels: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
 ) -> None:
-    if not x.dtype == weight.dtype == factor.dtype or (bias is not None and bias.dtype != x.dtype):
-        given = [str(t.dtype) for t in (x, weight, factor, bias) if t is not None]
-        raise TypeError(f"x, weight, factor and bias must share one dtype, got {', '.join(given)}: convert x first")
+    floats = {"x": x, "weight": weight, "factor": factor, "bias": bias}
+    if storage.storage_of(weight) != "float":
+        if factor.dtype != weight.dtype or weight_scales is None or factor_scales is None:
+            raise TypeError(
+                f"weight and factor must both be int8 or both int4 codes, each with its scales, got {weight.dtype} and "
+                f"{factor.dtype}, {'no scales' if weight_scales is None or factor_scales is None else 'scales'}"
+            )
+        floats = {"x": x, "weight_scales": weight_scales, "factor_scales": factor_scales, "bias": bias}
+    elif weight_scales is not None or factor_scales is not None:
+        raise TypeError(f"scales belong to int8 or int4 codes, got them with a weight in {weight.dtype}")
+    given = {name: tensor.dtype for name, tensor in floats.items() if tensor is not None}
+    if any(dtype != x.dtype for dtype in given.values()):
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
+        raise TypeError(f"{', '.join(given)} must share one dtype, got {listed}: convert x first")
     indices = [t.dtype for t in (labels, channels) if t is not None]
     if any(dtype not in (torch.int16, torch.int32) or dtype != indices[0] for dtype in indices):
         raise TypeError(f"labels and channels must both be int16 or both int32, got {', '.join(map(str, indices))}")
@@ -337,14 +378,15 @@ def _check_sizes(
     share: str,
 ) -> None:
     along = 0 if share == "output" else 1
-    rank = factor.shape[1 - along]
-    shared = factor.shape[along] + (0 if channels is None else rank)
-    clusters = weight.shape[along] - rank
-    outputs, inputs = (shared, weight.shape[1]) if share == "output" else (weight.shape[0], shared)
+    stacked, packed = (len(weight), storage.width_of(weight)), (len(factor), storage.width_of(factor))
+    rank = packed[1 - along]
+    shared = packed[along] + (0 if channels is None else rank)
+    clusters = stacked[along] - rank
+    outputs, inputs = (shared, stacked[1]) if share == "output" else (stacked[0], shared)
     if x.shape[-1] != inputs:
         raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
     if clusters < 0:
-        raise ValueError(f"the rank {rank} of factor {tuple(factor.shape)} exceeds weight {tuple(weight.shape)}")
+        raise ValueError(f"the rank {rank} of factor {packed} exceeds weight {stacked}")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must be [{outputs}], got {tuple(bias.shape)}")
     if (labels is None) != (clusters == 0):
@@ -353,3 +395,11 @@ def _check_sizes(
     for name, index in (("labels", labels), ("channels", channels)):
         if index is not None and index.shape != (shared,):
             raise ValueError(f"{name} must be [{shared}], got {tuple(index.shape)}")
+
+
+def _check_scales(name: str, stored: Tensor, scales: Tensor | None) -> None:
+    if scales is None:
+        return
+    expected = storage.scales_shape(len(stored), storage.width_of(stored), storage.storage_of(stored))
+    if scales.shape != expected:
+        raise ValueError(f"{name}_scales must be {list(expected)}, got {list(scales.shape)}")
