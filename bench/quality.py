@@ -25,6 +25,7 @@ from pycompress.measure import perplexity, token_windows
 from pycompress.recipe import Config
 
 RESULTS = Path(__file__).parent / "results" / "quality-gemma-3-270m.json"
+MEASURED = Path(__file__).parents[1] / "build" / "quality"
 QK = ("q", "k")
 
 
@@ -32,21 +33,25 @@ def published(keep: float, targets: tuple[str, ...] | None = None) -> SWSC:
     return SWSC(keep, share="output", weighting="none", allocation="uniform", pivot=False, targets=targets)
 
 
+STORED = {"": None, ", int8": "int8", ", int4": "int4"}
 ROWS: tuple[tuple[str, Config | None], ...] = (
     ("dense", None),
-    ("Q, K at 2 bits: ours", SWSC(2 / 16, targets=QK)),
-    ("Q, K at 3 bits: ours", SWSC(3 / 16, targets=QK)),
+    *((f"Q, K at 2 bits: ours{name}", SWSC(2 / 16, targets=QK, storage=kind)) for name, kind in STORED.items()),
     ("Q, K at 2 bits: weights only", SWSC(2 / 16, weighting="none", allocation="error", targets=QK)),
-    ("Q, K at 3 bits: weights only", SWSC(3 / 16, weighting="none", allocation="error", targets=QK)),
     ("Q, K at 2 bits: published SWSC", published(2 / 16, QK)),
-    ("Q, K at 3 bits: published SWSC", published(3 / 16, QK)),
     ("Q, K at 2 bits: RTN", RTN(2, targets=QK)),
+    *((f"Q, K at 3 bits: ours{name}", SWSC(3 / 16, targets=QK, storage=kind)) for name, kind in STORED.items()),
+    ("Q, K at 3 bits: weights only", SWSC(3 / 16, weighting="none", allocation="error", targets=QK)),
+    ("Q, K at 3 bits: published SWSC", published(3 / 16, QK)),
     ("Q, K at 3 bits: RTN", RTN(3, targets=QK)),
-    ("all, keep 0.8: ours", SWSC(0.8)),
-    ("all, keep 0.65: ours", SWSC(0.65)),
+    *((f"all, keep 0.8: ours{name}", SWSC(0.8, storage=kind)) for name, kind in STORED.items()),
     ("all, keep 0.8: weights only", SWSC(0.8, weighting="none", allocation="error")),
+    *((f"all, keep 0.65: ours{name}", SWSC(0.65, storage=kind)) for name, kind in STORED.items()),
     ("all, keep 0.65: weights only", SWSC(0.65, weighting="none", allocation="error")),
-    ("all, RTN 4 bits (keep 0.25)", RTN(4)),
+    *((f"all at 4.5 bits: ours, {kind}", SWSC(4.5 / 16, storage=kind)) for kind in ("int8", "int4")),
+    ("all at 4 bits: RTN", RTN(4)),
+    *((f"all at 3 bits: ours, {kind}", SWSC(3 / 16, storage=kind)) for kind in ("int8", "int4")),
+    ("all at 3 bits: RTN", RTN(3)),
     ("all, keep 0.93: ours", SWSC(0.93)),
     ("all, keep 0.86: ours", SWSC(0.86)),
     ("all, keep 0.79: ours", SWSC(0.79)),
@@ -59,7 +64,7 @@ ROWS: tuple[tuple[str, Config | None], ...] = (
 )
 
 
-DECIDING = ("api", "allocate", "calibrate", "sensitivity", "formats", "methods/*", "ops/[g_l]*")
+DECIDING = ("api", "allocate", "calibrate", "sensitivity", "formats", "storage", "methods/*")
 
 
 def sources() -> str:
@@ -78,7 +83,11 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str]) -
     if config is not None:
         ids = token_windows(model, tokenizer, texts[0], count=10**9)[:64]
         calibration = ids if config.needs_calibration else None
-        report = pycompress.apply(model, config, calibration, progress=False)
+        # Rows that differ in keep alone share what is measured of the dense model.
+        kept = MEASURED / sources()
+        report = pycompress.apply(
+            model, config, calibration, checkpoint=kept / str(calibration is not None), progress=False
+        )
         keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
         facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
     seconds = time.perf_counter() - start

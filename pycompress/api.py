@@ -45,7 +45,8 @@ def apply(
 
     `recipe`: a config such as `SWSC(keep=0.5)`, a list of them, a method's name, or a YAML path. `calibration`: texts
     (with a `tokenizer`), ids `[B, T]`, dict batches or a DataLoader. `checkpoint`: a directory in which progress is
-    kept; the same call after an interruption goes on from there to the same bits. An error or interruption leaves the
+    kept; the same call after an interruption goes on from there to the same bits, and one with another `keep` reuses
+    what was measured. An error or interruption leaves the
     model as it was. Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before
     anything is changed.
     """
@@ -53,7 +54,7 @@ def apply(
     steps = plan(model, configs)
     _check_weights(model, steps)
     batches = _batches(model, steps, calibration, tokenizer)
-    saved = Checkpoint(checkpoint, _identity(model, configs, batches) if checkpoint is not None else {})
+    saved = Checkpoint(checkpoint, _identity(model, batches) if checkpoint is not None else {}, configs)
     job = _Job(model, batches, saved, progress)
     training = model.training
     model.eval()
@@ -104,7 +105,7 @@ class _Job:
         names = [step.name for step in steps.steps if METHODS[type(step.config)].sensitive(step.config)]
         if self.batches is None or not names:
             return
-        found = self.saved.load_sensitivity()
+        found = self.saved.load_sensitivity(names)
         if found is None:
             sample = calibrate.first_tokens(self.batches, SENSITIVITY_TOKENS)
             bar = partial(tqdm, desc="loss gradients", unit="batch", disable=not self.progress)
@@ -218,10 +219,9 @@ def _batches(model: nn.Module, steps: Plan, calibration: Any, tokenizer: Any) ->
     return calibrate.prepare(model, calibration, tokenizer)
 
 
-def _identity(model: nn.Module, configs: Recipe, batches: list[calibrate.Batch] | None) -> dict[str, str]:
+def _identity(model: nn.Module, batches: list[calibrate.Batch] | None) -> dict[str, str]:
     return {
         "model": hash_of(model),
-        "recipe": repr(configs),
         "calibration data": "none" if batches is None else calibrate.fingerprint(batches),
         "torch version": str(torch.__version__),
     }

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pycompress.formats import Packed, rebuild
 from pycompress.methods.registry import Curve
+from pycompress.recipe import Recipe
 from pycompress.report import Row
 
 RUN = "run.json"
@@ -25,14 +26,19 @@ Finished = list[tuple[str, Packed | None, Row]]
 
 
 class Checkpoint:
-    """Curves and packed blocks of one run of `apply` in a directory; `path=None` keeps nothing.
+    """Gradients, curves and packed blocks of runs of `apply` in a directory; `path=None` keeps nothing.
 
-    `identity`: what the run depends on, by name. Raises `ValueError` when the directory holds another run's work,
-    naming what differs, or cannot be written.
+    `identity`: what the directory is for, by name. Runs of several recipes share it, and what they have in common: the
+    gradients of the same modules, and the curves of recipes that differ in `keep` alone. Raises `ValueError` when the
+    directory is of another identity, naming what differs, or cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, identity: dict[str, str]) -> None:
+    def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:
         self.path = None if path is None else Path(path)
+        self.recipe = _digest(repr(recipe))
+        self.measured = _digest(
+            repr([replace(config, keep=1.0) if hasattr(config, "keep") else config for config in recipe])
+        )
         if self.path is None:
             return
         try:
@@ -51,10 +57,12 @@ class Checkpoint:
 
     def save_curves(self, block: int, curves: dict[str, Curve]) -> None:
         tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in CURVE}
-        self._save(f"curves-{block:04d}", tensors, {"energy": {name: c.energy for name, c in curves.items()}})
+        self._save(
+            f"curves-{self.measured}-{block:04d}", tensors, {"energy": {name: c.energy for name, c in curves.items()}}
+        )
 
     def load_curves(self, block: int) -> dict[str, Curve] | None:
-        found = self._load(f"curves-{block:04d}")
+        found = self._load(f"curves-{self.measured}-{block:04d}")
         if found is None:
             return None
         tensors, description = found
@@ -64,10 +72,10 @@ class Checkpoint:
         }
 
     def save_sensitivity(self, sensitivity: dict[str, Tensor]) -> None:
-        self._save("sensitivity", sensitivity, {})
+        self._save(f"gradients-{_digest(repr(sorted(sensitivity)))}", sensitivity, {})
 
-    def load_sensitivity(self) -> dict[str, Tensor] | None:
-        found = self._load("sensitivity")
+    def load_sensitivity(self, names: list[str]) -> dict[str, Tensor] | None:
+        found = self._load(f"gradients-{_digest(repr(sorted(names)))}")
         return None if found is None else found[0]
 
     def save_block(self, block: int, finished: Finished) -> None:
@@ -77,10 +85,10 @@ class Checkpoint:
             modules.append({"name": name, "spec": None if packed is None else packed.spec(), "row": asdict(row)})
             for part, tensor in ({} if packed is None else packed.tensors()).items():
                 tensors[f"{name}|{part}"] = tensor
-        self._save(f"block-{block:04d}", tensors, {"modules": modules})
+        self._save(f"block-{self.recipe}-{block:04d}", tensors, {"modules": modules})
 
     def load_block(self, block: int) -> Finished | None:
-        found = self._load(f"block-{block:04d}")
+        found = self._load(f"block-{self.recipe}-{block:04d}")
         if found is None:
             return None
         tensors, description = found
@@ -126,6 +134,10 @@ class Checkpoint:
             os.replace(file.name, self.path / name)
         except OSError as error:
             raise ValueError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from pycompress.formats import pack_shared
 from pycompress.methods import Statistics
 from pycompress.methods.channels import Channels, Sharing, stored_bytes
-from pycompress.methods.swsc import SWSC, Choice, build, choose, compress, curve, refine
+from pycompress.methods.swsc import SWSC, Choice, build, candidates, check, choose, compress, curve, refine
 
 
 def problem(n, k, tokens=400, seed=0):
@@ -82,7 +82,7 @@ def test_stored_bytes_are_those_of_the_packed_tensors(share, clusters, pivot):
     for rank in (1, 13):
         u, v = channels.correction(channels.residual(sharing), rank)
         packed = pack_shared(share, channels.centroids(sharing), u, v, sharing.labels, torch.bfloat16, pivot)
-        assert int(stored_bytes(sharing, rank, (50, 70), 2, pivot)) == packed.nbytes
+        assert int(stored_bytes(sharing, torch.tensor(rank), (50, 70), 2, pivot)) == packed.nbytes
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.4, 0.8])
@@ -161,9 +161,8 @@ def test_a_dead_channel_costs_the_live_ones_nothing():
 
 
 def test_more_clusters_than_channels_are_refused():
-    weight, gram = problem(40, 30)
     with pytest.raises(ValueError, match="clusters must be at most the number of channels"):
-        compress(weight, Statistics(gram, 400), SWSC(share="output", clusters=41, rank=1), None)
+        check((40, 30), torch.float32, SWSC(share="output", clusters=41, rank=1))
 
 
 def test_equal_runs_give_equal_bits():
@@ -175,8 +174,8 @@ def test_equal_runs_give_equal_bits():
 def test_choose_and_build_agree_on_the_error():
     weight, gram = problem(64, 96)
     channels = Channels(weight, gram)
-    choice = choose(channels, weight, SWSC(0.5), int(0.5 * weight.numel() * 4))
-    packed = build(channels, choice, torch.float32, True)
+    choice = choose(channels, weight, SWSC(0.5), int(0.5 * weight.numel() * 4), candidates((64, 96), SWSC(0.5)))
+    packed = build(channels, choice, torch.float32, SWSC(0.5))
     assert channels.error(packed.unpack()) == pytest.approx(choice.error, rel=2e-2)
 
 
@@ -194,6 +193,54 @@ def test_refinement_lowers_the_error_where_clusters_and_rank_overlap(share):
     sharing = channels.cluster(share, clusters, seed=0)
     first = Choice(sharing, r, float(channels.tail(sharing)[r]))
     refined = refine(channels, first, seed=0)
-    built = channels.error(build(channels, refined, torch.float32, True).unpack())
+    built = channels.error(build(channels, refined, torch.float32, SWSC()).unpack())
     assert built == pytest.approx(refined.error, rel=1e-2)
     assert refined.error < 0.5 * first.error
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("keep", [0.12, 0.3])
+def test_codes_fit_the_budget_and_are_counted_as_stored(kind, share, keep):
+    weight, gram = problem(96, 128)
+    config = SWSC(keep, weighting="inputs", share=share, allocation="uniform", storage=kind)
+    packed = compress(weight.bfloat16(), Statistics(gram, 400), config, None)
+    assert packed.storage == kind
+    assert packed.nbytes <= keep * weight.numel() * 2
+    held = stored_bytes(Sharing(share, packed.clusters), torch.tensor(packed.rank), (96, 128), 2, True, kind)
+    assert packed.nbytes == int(held) == sum(t.nbytes for t in packed.tensors().values())
+
+
+def test_more_numbers_in_fewer_bits_beat_fewer_in_more():
+    """At an eighth of the bytes int8 has twice the rank of bfloat16, and this spectrum falls slowly."""
+    weight, gram = problem(128, 128)
+    errors = {}
+    for kind in (None, "int8"):
+        config = SWSC(0.25, weighting="inputs", share="output", clusters=0, allocation="uniform", storage=kind)
+        packed = compress(weight.bfloat16(), Statistics(gram, 400), config, None)
+        errors[kind] = output_error(weight, damped(gram, 1e-3), packed.unpack())
+    assert errors["int8"] < 0.6 * errors[None]
+
+
+def test_codes_at_full_rank_are_the_rounded_matrix():
+    """Past the bytes of full rank the error is that of rounding alone, and below that of rounding to nearest."""
+    weight, gram = problem(64, 128, seed=3)
+    config = SWSC(0.35, weighting="inputs", share="output", clusters=0, allocation="uniform", storage="int4")
+    packed = compress(weight.bfloat16(), Statistics(gram, 400), config, None)
+    assert packed.rank == 64
+    groups = weight.bfloat16().float().view(64, 2, 64)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    nearest = ((groups / scale).round() * scale).view(64, 128)
+    assert output_error(weight, gram, packed.unpack()) < 0.7 * output_error(weight, gram, nearest)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        (SWSC(storage="bf16"), (64, 64), "is for bfloat16 weights, got torch.float32"),
+        (SWSC(storage="int4"), (64, 48), "needs inputs in multiples of 32, got 48"),
+    ],
+)
+def test_a_storage_that_does_not_fit_is_refused(config, shape, message):
+    with pytest.raises(ValueError, match=message):
+        check(shape, torch.float32, config)

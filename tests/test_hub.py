@@ -324,7 +324,10 @@ def damaged(saved, tmp_path):
         (lambda c: c.update(surprise=1), "unknown fields .*: surprise"),
         (lambda c: c["modules"][Q].update(format="holographic"), "in format 'holographic', .* knows shared_channels"),
         (lambda c: c["modules"][Q].update(share="both"), "share must be output or input, got 'both'"),
-        (lambda c: c["modules"][Q].pop("rank"), "has the fields format, clusters, pivoted, rank, shape, share; got"),
+        (
+            lambda c: c["modules"][Q].pop("rank"),
+            "has the fields format, clusters, pivoted, rank, shape, share, storage; got",
+        ),
         (lambda c: c["modules"][Q].update(shape=[64, 65]), r"is \[64, 65\], but Llama.* builds \[64, 64\]"),
         (lambda c: c["modules"].update({"model.layers.7.q": c["modules"][Q]}), "has no such module"),
     ],

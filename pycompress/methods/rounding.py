@@ -42,7 +42,7 @@ def round_to(values: Tensor, kind: str, metric: Tensor | None, dtype: torch.dtyp
             if spread is None:
                 continue
             error = (rest[:, column] - code * scale) / spread[column, column]
-            rest[:, column:panel.stop] -= error[:, None] * spread[column, column:panel.stop]
+            rest[:, column : panel.stop] -= error[:, None] * spread[column, column : panel.stop]
             lost[:, column - first] = error
         if spread is not None:
             rest[:, panel.stop :] -= lost @ spread[panel, panel.stop :]

@@ -118,9 +118,7 @@ def _cpu(
     share_input: bool,
 ) -> Tensor:
     if x.dtype not in DTYPE_CODES or weight_scales is not None:
-        return shared_linear_ref(
-            x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input
-        )
+        return shared_linear_ref(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
