@@ -118,7 +118,7 @@ class _Job:
         curves: dict[str, Curve] = {}
         for block in self._bar(range(depth), "measuring"):
             here = [step for step in shared if step.block == block]
-            found = self.saved.load_curves(block)
+            found = self.saved.load_curves(block, [step.name for step in here])
             last = block == depth - 1
             if found is None:
                 statistics = self._statistics(stream, here, advance=not last)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from pycompress.formats import Packed, rebuild
 from pycompress.methods.registry import Curve
-from pycompress.recipe import Recipe
+from pycompress.recipe import Config, Recipe
 from pycompress.report import Row
 
 RUN = "run.json"
+GRADIENTS = "gradients"
 CURVE = ("nbytes", "error", "candidate")
 Finished = list[tuple[str, Packed | None, Row]]
 
@@ -29,16 +30,14 @@ class Checkpoint:
     """Gradients, curves and packed blocks of runs of `apply` in a directory; `path=None` keeps nothing.
 
     `identity`: what the directory is for, by name. Runs of several recipes share it, and what they have in common: the
-    gradients of the same modules, and the curves of recipes that differ in `keep` alone. Raises `ValueError` when the
+    gradients of the loss, and the curves of recipes that differ in `keep` and `targets` alone. Raises `ValueError` when the
     directory is of another identity, naming what differs, or cannot be written.
     """
 
     def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:
         self.path = None if path is None else Path(path)
         self.recipe = _digest(repr(recipe))
-        self.measured = _digest(
-            repr([replace(config, keep=1.0) if hasattr(config, "keep") else config for config in recipe])
-        )
+        self.measured = _digest(repr([_of_any_keep(config) for config in recipe]))
         if self.path is None:
             return
         try:
@@ -56,27 +55,32 @@ class Checkpoint:
             )
 
     def save_curves(self, block: int, curves: dict[str, Curve]) -> None:
+        """Add to the block's curves on file."""
+        stem = f"curves-{self.measured}-{block:04d}"
+        curves = self._curves(stem) | curves
         tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in CURVE}
-        self._save(
-            f"curves-{self.measured}-{block:04d}", tensors, {"energy": {name: c.energy for name, c in curves.items()}}
-        )
+        self._save(stem, tensors, {"energy": {name: c.energy for name, c in curves.items()}})
 
-    def load_curves(self, block: int) -> dict[str, Curve] | None:
-        found = self._load(f"curves-{self.measured}-{block:04d}")
-        if found is None:
-            return None
-        tensors, description = found
+    def load_curves(self, block: int, names: list[str]) -> dict[str, Curve] | None:
+        """The curves of these modules, or None where one is missing."""
+        return _all_of(names, self._curves(f"curves-{self.measured}-{block:04d}"))
+
+    def _curves(self, stem: str) -> dict[str, Curve]:
+        tensors, description = self._load(stem) or ({}, {"energy": {}})
         return {
             name: Curve(energy=energy, **{part: tensors[f"{name}|{part}"] for part in CURVE})
             for name, energy in description["energy"].items()
         }
 
     def save_sensitivity(self, sensitivity: dict[str, Tensor]) -> None:
-        self._save(f"gradients-{_digest(repr(sorted(sensitivity)))}", sensitivity, {})
+        """Add to the gradients on file."""
+        known, _ = self._load(GRADIENTS) or ({}, {})
+        self._save(GRADIENTS, known | sensitivity, {})
 
     def load_sensitivity(self, names: list[str]) -> dict[str, Tensor] | None:
-        found = self._load(f"gradients-{_digest(repr(sorted(names)))}")
-        return None if found is None else found[0]
+        """The gradients of these modules, or None where one is missing."""
+        known, _ = self._load(GRADIENTS) or ({}, {})
+        return _all_of(names, known)
 
     def save_block(self, block: int, finished: Finished) -> None:
         tensors: dict[str, Tensor] = {}
@@ -134,6 +138,15 @@ class Checkpoint:
             os.replace(file.name, self.path / name)
         except OSError as error:
             raise ValueError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+
+def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:
+    return {name: known[name] for name in names} if known.keys() >= set(names) else None
+
+
+def _of_any_keep(config: Config) -> Config:
+    """The config that stands for all that measure the same curves."""
+    return replace(config, targets=None, **({"keep": 1.0} if hasattr(config, "keep") else {}))
 
 
 def _digest(text: str) -> str:

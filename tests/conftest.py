@@ -17,7 +17,7 @@ from pycompress.replace import dense_weight, replace
 COMMON = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GQA = {
     "hidden_size": 64,
-    "intermediate_size": 112,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -32,9 +32,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2ForCausalLM": ("Qwen2Config", GQA | {"tie_word_embeddings": True}),
     "Qwen3ForCausalLM": ("Qwen3Config", GQA | {"head_dim": 32}),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", GQA | {"head_dim": 32} | LOCAL_AND_GLOBAL),
-    "OPTForCausalLM": ("OPTConfig", ONE_KV_HEAD_A_HEAD | {"ffn_dim": 112, "word_embed_proj_dim": 48}),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", ONE_KV_HEAD_A_HEAD | {"intermediate_size": 112}),
-    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_inner": 112, "n_layer": 2, "n_head": 4}),
+    "OPTForCausalLM": ("OPTConfig", ONE_KV_HEAD_A_HEAD | {"ffn_dim": 96, "word_embed_proj_dim": 48}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", ONE_KV_HEAD_A_HEAD | {"intermediate_size": 96}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 4}),
     "Phi3ForCausalLM": ("Phi3Config", GQA),
 }
 

@@ -12,7 +12,7 @@ from pycompress.methods import Curve
 
 def curve(*points):
     nbytes, error = zip(*points, strict=True)
-    return Curve(torch.tensor(nbytes), torch.tensor(error, dtype=torch.float64), 1.0)
+    return Curve(torch.tensor(nbytes), torch.tensor(error, dtype=torch.float64), 1.0, torch.zeros(len(nbytes)))
 
 
 def test_hull_is_scipys_lower_convex_hull():

@@ -188,7 +188,7 @@ def _quantized(model, packed):
         (_other_class, r"Linear4bit is neither torch\.nn\.Linear nor transformers' Conv1D"),
         (_quantized, r"quantized with bitsandbytes.*del model\.config\.quantization_config"),
         (lambda model, packed: "model.layers.0.self_attn.query", "LlamaForCausalLM has no module"),
-        (lambda model, packed: "model.layers.0.mlp.up_proj", r"up_proj is \[112, 64\], its packed weight \[64, 64\]"),
+        (lambda model, packed: "model.layers.0.mlp.up_proj", r"up_proj is \[96, 64\], its packed weight \[64, 64\]"),
         (lambda model, packed: "model.norm", "LlamaRMSNorm is neither"),
     ],
 )

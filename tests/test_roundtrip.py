@@ -13,7 +13,13 @@ import pycompress
 from pycompress import RTN, SWSC, LowRank
 
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
-RECIPES = {"swsc": SWSC(0.6), "lowrank": LowRank(0.6), "rtn": RTN(3)}
+RECIPES = {
+    "swsc": SWSC(0.6),
+    "lowrank": LowRank(0.6),
+    "rtn": RTN(3),
+    "int8": SWSC(0.3, storage="int8"),
+    "int4": SWSC(0.3, storage="int4"),
+}
 
 LOAD = textwrap.dedent(
     """

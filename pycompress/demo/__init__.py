@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,17 @@ from pycompress.demo.evaluate import Request, opening
 from pycompress.demo.gemma import gemma_folder
 from pycompress.demo.show import Row, continuations, plot, table
 from pycompress.demo.text import texts
-from pycompress.demo.variants import Case, Settings, Variant, identity, make, published, rtn, swsc
+from pycompress.demo.variants import (
+    Case,
+    Settings,
+    Variant,
+    checkpoint_folder,
+    identity,
+    make,
+    published,
+    rtn,
+    swsc,
+)
 from pycompress.measure import token_windows
 
 __all__ = ["Case", "Settings", "run"]
@@ -75,6 +86,7 @@ def _make_all(
     for case in settings.cases:
         add(published(case, out))
         add(rtn(case, add(swsc(case, out)), out))
+    shutil.rmtree(checkpoint_folder(out, known), ignore_errors=True)
     return made
 
 

@@ -46,10 +46,10 @@ def evaluate(request: Request) -> dict[str, dict[str, Any]]:
     text = Path(request.text).read_text(encoding="utf-8")
     models: dict[str, PreTrainedModel] = {}
     measured: dict[str, dict[str, Any]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(request.folders.values())))
     for label, folder in request.folders.items():
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         models[label] = model
         measured[label] = {
             "perplexity": _perplexity(model, tokenizer, text, request),

@@ -92,16 +92,19 @@ def make(variant: Variant, model: Path, calibration: Sequence[Tensor], known: st
     """Compress and save one variant, or find it finished; gives its bytes.
 
     `known` identifies the calibration and the model. A folder made from other inputs or by other code is made anew; a
-    killed run goes on at the block it was in.
+    killed run goes on at the block it was in, and what one variant measures of the dense model serves the others.
     """
     assert variant.config is not None
     fingerprint = _fingerprint(variant.config, known)
     facts = read_facts(variant.folder)
     if facts.get("fingerprint") == fingerprint:
         return facts
-    checkpoint = variant.folder.with_name(f"{variant.folder.name}.checkpoint-{fingerprint[:8]}")
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    report = pycompress.apply(network, variant.config, list(calibration), checkpoint=checkpoint)
+    # Without data where the method needs none: calibration would only measure its output errors.
+    inputs, checkpoint = None, None
+    if variant.config.needs_calibration:
+        inputs, checkpoint = list(calibration), checkpoint_folder(variant.folder.parent, known)
+    report = pycompress.apply(network, variant.config, inputs, checkpoint=checkpoint)
     facts = {
         "fingerprint": fingerprint,
         "recipe": variant.config.to_dict(),
@@ -116,8 +119,11 @@ def make(variant: Variant, model: Path, calibration: Sequence[Tensor], known: st
     report.to_json(partial / "report.json")
     (partial / FACTS).write_text(json.dumps(facts, indent=1))
     partial.rename(variant.folder)
-    shutil.rmtree(checkpoint, ignore_errors=True)
     return facts
+
+
+def checkpoint_folder(out: Path, known: str) -> Path:
+    return out / f"checkpoint-{known[:8]}"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
