@@ -30,8 +30,8 @@ class Checkpoint:
     """Gradients, curves and packed blocks of runs of `apply` in a directory; `path=None` keeps nothing.
 
     `identity`: what the directory is for, by name. Runs of several recipes share it, and what they have in common: the
-    gradients of the loss, and the curves of recipes that differ in `keep` and `targets` alone. Raises `ValueError` when the
-    directory is of another identity, naming what differs, or cannot be written.
+    gradients of the loss, and the curves of recipes that differ in `keep` and `targets` alone. Raises `ValueError` when
+    the directory is of another identity, naming what differs, or cannot be written.
     """
 
     def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pycompress import storage
 
-
 TENSORS = ("weight", "factor", "labels", "channels", "weight_scales", "factor_scales")
 
 

@@ -18,6 +18,8 @@ class SharedLinear(nn.Module):
     codes (`storage` "int8" or "int4"), weight and factor stay as they are.
     """
 
+    weight: nn.Parameter
+    factor: nn.Parameter
     labels: Tensor | None
     channels: Tensor | None
     weight_scales: Tensor | None

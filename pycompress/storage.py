@@ -1,9 +1,9 @@
 """How a packed weight's numbers are stored: as floats, or as integer codes with scales.
 
-A matrix `[rows, n]` in `int8` is codes in -127 to 127, `[rows, n]` int8, with one scale a row, `[rows, 1]`. In `int4` it
-is codes in -8 to 7, two a byte, `[rows, n / 2]` uint8, with a scale for each GROUP of a row, `[rows, ceil(n / GROUP)]`;
-n is a multiple of BLOCK. Of each BLOCK's 16 bytes, byte l holds code l in its low half and code l + 16 in its high
-half, both plus 8. A value is its code times its scale; scales are floats of the layer's dtype.
+In `int8` a matrix `[rows, n]` is codes in -127 to 127, `[rows, n]` int8, with one scale a row, `[rows, 1]`. In `int4`
+it is codes in -8 to 7, two a byte, `[rows, n / 2]` uint8, with a scale for each GROUP of a row, `[rows, ceil(n /
+GROUP)]`; n is a multiple of BLOCK. Of each BLOCK's 16 bytes, byte l holds code l in its low half and code l + 16 in
+its high half, both plus 8. A value is its code times its scale; scales are floats of the layer's dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CODES = {torch.int8: "int8", torch.uint8: "int4"}
 
 
 def storage_of(stored: Tensor) -> str:
-    """ "int8", "int4", or "float" for a matrix that is stored as it is."""
+    """How a matrix is stored: "int8", "int4", or "float" for a matrix that is stored as it is."""
     return CODES.get(stored.dtype, "float")
 
 
@@ -55,7 +55,7 @@ def pack(codes: Tensor, storage: str) -> Tensor:
     """Store int8 codes `[rows, n]`."""
     if storage == "int8":
         return codes.contiguous()
-    shape = stored_shape(*codes.shape, storage)
+    shape = stored_shape(len(codes), codes.shape[1], storage)
     halves = (codes.to(torch.int16) + 8).to(torch.uint8).reshape(len(codes), codes.shape[1] // BLOCK, 2, BLOCK // 2)
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(shape)
 

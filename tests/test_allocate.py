@@ -21,7 +21,7 @@ def test_hull_is_scipys_lower_convex_hull():
     rng = np.random.default_rng(0)
     nbytes = rng.permutation(1000)[:200]
     error = np.exp(-nbytes / 300) + 0.3 * rng.random(200)
-    ours = hull(Curve(torch.tensor(nbytes), torch.tensor(error), 1.0), 1.0)
+    ours = hull(Curve(torch.tensor(nbytes), torch.tensor(error), 1.0, torch.zeros(len(nbytes))), 1.0)
     corners = ConvexHull(np.stack([nbytes, error], 1)).vertices
     best = int(np.argmin(error))
     least = int(np.argmin(nbytes))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pycompress.formats import Rounded
-from pycompress.methods.registry import METHODS, Method, Statistics
+from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.recipe import Config
 
 
