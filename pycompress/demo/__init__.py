@@ -84,8 +84,8 @@ def _make_all(
         return facts
 
     for case in settings.cases:
-        add(published(case, out))
-        add(rtn(case, add(swsc(case, out)), out))
+        add(rtn(add(swsc(case, out)), out))
+    add(published(settings.cases[-1], out))
     shutil.rmtree(checkpoint_folder(out, known), ignore_errors=True)
     return made
 
