@@ -41,21 +41,27 @@ void centre(std::uintptr_t y, std::uintptr_t labels, int64_t batch, int64_t n, i
 }
 
 void shared_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
-                   std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t y, int64_t tokens, int64_t inputs,
-                   int64_t outputs, int64_t k, int64_t r, int64_t x_stride, int dtype, bool wide_indices,
-                   bool share_input, int threads) {
+                   std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t weight_scales,
+                   std::uintptr_t factor_scales, std::uintptr_t y, int64_t tokens, int64_t inputs, int64_t outputs,
+                   int64_t k, int64_t r, int64_t x_stride, int dtype, int storage, bool wide_indices, bool share_input,
+                   int threads) {
+  // clang-format off: a line an argument would be longer than the function
   kernels().shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels), at<void>(channels),
-                           at<void>(bias), at<void>(y), tokens, inputs, outputs, k, r, x_stride,
-                           static_cast<Dtype>(dtype), wide_indices, share_input, threads});
+                           at<void>(bias), at<void>(weight_scales), at<void>(factor_scales), at<void>(y), tokens,
+                           inputs, outputs, k, r, x_stride, static_cast<Dtype>(dtype), static_cast<Storage>(storage),
+                           wide_indices, share_input, threads});
+  // clang-format on
 }
 
 void shared_linear_gather(std::uintptr_t x, std::uintptr_t labels, std::uintptr_t channels, std::uintptr_t bias,
                           std::uintptr_t reduced, std::uintptr_t product, std::uintptr_t y, int64_t tokens,
                           int64_t inputs, int64_t outputs, int64_t k, int64_t r, int64_t x_stride, bool wide_indices,
                           bool share_input, int threads) {
-  const SharedLinearArgs layer{
-      at<void>(x), nullptr, nullptr, at<void>(labels), at<void>(channels), at<void>(bias), at<void>(y), tokens, inputs,
-      outputs,     k,       r,       x_stride,         Dtype::f32,         wide_indices,   share_input, threads};
+  SharedLinearArgs layer{};
+  layer.x = at<void>(x), layer.labels = at<void>(labels), layer.channels = at<void>(channels);
+  layer.bias = at<void>(bias), layer.y = at<void>(y), layer.tokens = tokens, layer.inputs = inputs;
+  layer.outputs = outputs, layer.k = k, layer.r = r, layer.x_stride = x_stride, layer.wide_indices = wide_indices;
+  layer.share_input = share_input, layer.threads = threads;
   kernels().shared_linear_gather(layer, at<float>(reduced), at<float>(product));
 }
 

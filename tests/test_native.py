@@ -97,7 +97,8 @@ def test_kernel_in_use_names_the_kernel_or_the_reason() -> None:
     assert "float64" in ops.kernel_in_use(torch.zeros(1, dtype=torch.float64)) or _ext.C is None
     assert ops.kernel_in_use(torch.zeros(1, device="meta")) == "reference (no kernel for meta)"
     if _ext.C is not None:
-        assert ops.kernel_in_use(torch.zeros(1)) == f"cpu {_ext.C.isa()}"
+        for dtype in (torch.float32, torch.int8, torch.uint8):
+            assert ops.kernel_in_use(torch.zeros(1, dtype=dtype)) == f"cpu {_ext.C.isa()}"
 
 
 def test_every_op_says_which_kernels_it_has() -> None:
@@ -109,7 +110,7 @@ def test_every_op_says_which_kernels_it_has() -> None:
 def test_the_native_cuda_kernel_is_refused_off_the_gpu() -> None:
     x = torch.zeros(1, 4)
     with pytest.raises((RuntimeError, ValueError), match="CUDA"):
-        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, None, False)
+        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, None, None, None, False)
 
 
 @pytest.mark.gpu
@@ -133,7 +134,7 @@ def test_the_native_cuda_kernel_agrees_with_float64(
         x = torch.randn(tokens, inputs, device="cuda").to(dtype)
         wide = (t if t is None else t.cpu().double() if t.is_floating_point() else t.cpu() for t in (x, *layer))
         exact = ops.shared_linear(*wide, share=share)
-        y = shared_linear_cuda_native(x, *layer, not rows)
+        y = shared_linear_cuda_native(x, *layer, None, None, not rows)
         assert (y.cpu() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max() + 1e-5
 
 

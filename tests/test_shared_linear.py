@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pycompress.ops import shared_linear
+from pycompress import storage
+from pycompress.ops import kernel_in_use, shared_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, K, k, r
 SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (300, 65, 40, 0), (90, 77, 0, 33), (1, 1, 1, 1), (700, 130, 330, 300)]
 
 PIVOTED_SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (90, 77, 0, 33), (20, 20, 3, 20), (700, 330, 40, 300)]
+# The last have rows of whole blocks of int4, some of them with half a group at the end.
+PACKED = [
+    *(("int8", sizes, pivoted) for sizes, pivoted in [(SIZES[1], True), (SIZES[2], False), (SIZES[3], True)]),
+    *((name, (163, 1120, 32, 64), pivoted) for name in ("int8", "int4") for pivoted in (False, True)),
+    ("int4", (300, 96, 64, 0), False),
+    ("int4", (190, 160, 0, 96), True),
+    ("int4", (700, 320, 320, 288), True),
+]
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,30 @@ class Case:
     labels: Tensor | None
     channels: Tensor | None
     bias: Tensor
+    weight_scales: Tensor | None
+    factor_scales: Tensor | None
     dense: np.ndarray
     share: str
+    values: tuple[Tensor, Tensor]  # weight and factor as floats of the dtype
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.weight, self.factor, self.labels, self.channels, self.bias
+        tensors = (self.weight, self.factor, self.labels, self.channels, self.bias)
+        return (*tensors, self.weight_scales, self.factor_scales)
+
+
+def _drawn(
+    shape: tuple[int, int], scale: float, dtype: torch.dtype, stored: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A random matrix as it is stored, its scales, and its values in float64."""
+    if stored == "float":
+        values = (torch.randn(shape, generator=generator) * scale).to(dtype)
+        return values, None, values.double()
+    lowest, highest = storage.RANGE[stored]
+    codes = torch.randint(lowest, highest + 1, shape, generator=generator).to(torch.int8)
+    groups = 1 if stored == "int8" else -(-shape[1] // 64)
+    scales = ((torch.rand((shape[0], groups), generator=generator) + 0.5) * scale / highest).to(dtype)
+    each = scales.double().repeat_interleave(shape[1] if stored == "int8" else 64, dim=1)[:, : shape[1]]
+    return storage.pack(codes, stored), scales, codes.double() * each
 
 
 def _case(
@@ -38,34 +66,36 @@ def _case(
     dtype: torch.dtype,
     pivoted: bool = False,
     index: torch.dtype = torch.int16,
+    stored: str = "float",
 ) -> Case:
     outputs, inputs, k, r = sizes
     generator = torch.Generator().manual_seed(sum(sizes))
     scale = inputs**-0.5
-
-    def draw(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
     count = outputs if share == "output" else inputs
     labels = torch.randint(0, k, (count,), generator=generator).to(index) if k else None
     channels = torch.randperm(count, generator=generator).to(index) if pivoted else None
     rest = count - r if pivoted else count
-    weight = draw(k + r, inputs) if share == "output" else draw(outputs, k + r)
-    factor = draw(rest, r) if share == "output" else draw(r, rest)
-    stacked = weight.double().numpy() if share == "output" else weight.double().numpy().T  # [C; V] or [C; Uᵀ]
+    shapes = ((k + r, inputs), (rest, r)) if share == "output" else ((outputs, k + r), (r, rest))
+    (weight, weight_scales, wide), (factor, factor_scales, other) = (
+        _drawn(shape, scale, dtype, stored, generator) for shape in shapes
+    )
+    bias = (torch.randn(outputs, generator=generator) * scale).to(dtype)
+    stacked = wide.numpy() if share == "output" else wide.numpy().T  # [C; V] or [C; Uᵀ]
     whole = np.zeros((count, r))
-    stored = factor.double().numpy() if share == "output" else factor.double().numpy().T
+    coefficients = other.numpy() if share == "output" else other.numpy().T
     if channels is None:
-        whole = stored
+        whole = coefficients
     else:
-        whole[channels.numpy()] = np.concatenate([np.eye(r), stored])
+        whole[channels.numpy()] = np.concatenate([np.eye(r), coefficients])
     dense = whole @ stacked[k:] + (stacked[:k][labels.numpy()] if labels is not None else 0)
-    return Case(weight, factor, labels, channels, draw(outputs), dense if share == "output" else dense.T, share)
+    dense = dense if share == "output" else dense.T
+    values = (wide.to(dtype), other.to(dtype))
+    return Case(weight, factor, labels, channels, bias, weight_scales, factor_scales, dense, share, values)
 
 
 def _plain(x: Tensor, case: Case) -> Tensor:
     """The layer in plain torch, all in the dtype of x."""
-    weight, factor, labels, channels, bias = case.arguments()
+    (weight, factor), labels, channels, bias = case.values, case.labels, case.channels, case.bias
     if case.share == "output":
         k = weight.shape[0] - factor.shape[1]
         low = x @ weight[k:].T
@@ -92,12 +122,26 @@ def _plain(x: Tensor, case: Case) -> Tensor:
 def test_error_is_at_most_twice_plain_torchs(
     level: str, share: str, sizes: tuple[int, int, int, int], pivoted: bool, dtype: torch.dtype
 ) -> None:
-    case = _case(share, sizes, dtype, pivoted)
-    errors = []
+    _check_error(_case(share, sizes, dtype, pivoted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("stored", "sizes", "pivoted"), PACKED)
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_error_of_packed_numbers_is_at_most_twice_plain_torchs(
+    level: str, share: str, stored: str, sizes: tuple[int, int, int, int], pivoted: bool, dtype: torch.dtype
+) -> None:
+    case = _case(share, sizes, dtype, pivoted, stored=stored)
+    assert kernel_in_use(case.weight) == f"cpu {level}"
+    _check_error(case)
+
+
+def _check_error(case: Case) -> None:
+    dtype, errors = case.bias.dtype, []
     for tokens in (1, 2, 3, 5, 16, 63):
-        x = torch.randn(tokens, sizes[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        x = torch.randn(tokens, case.dense.shape[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
         exact = x.double().numpy() @ case.dense.T + case.bias.double().numpy()
-        ours = shared_linear(x, *case.arguments(), share=share)
+        ours = shared_linear(x, *case.arguments(), share=case.share)
         assert ours.dtype == dtype
         np.testing.assert_allclose(ours.double().numpy(), exact, rtol=0, atol=50 * torch.finfo(dtype).eps)
         errors.append([_distance(y, exact) for y in (ours, _plain(x, case))])
@@ -109,18 +153,27 @@ def _distance(y: Tensor, exact: np.ndarray) -> float:
     return float(np.linalg.norm(y.double().numpy() - exact))
 
 
+@pytest.mark.parametrize(
+    ("stored", "sizes"), [("float", (63, 100, 9, 5)), ("int8", (63, 100, 9, 5)), ("int4", (63, 96, 32, 32))]
+)
 @pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("share", ["output", "input"])
 def test_every_element_is_written_and_nothing_stale_is_read(
-    level: str, share: str, pivoted: bool, monkeypatch: pytest.MonkeyPatch
+    level: str,
+    share: str,
+    pivoted: bool,
+    stored: str,
+    sizes: tuple[int, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = _case(share, (63, 100, 9, 5), torch.float32, pivoted)
+    case = _case(share, sizes, torch.float32, pivoted, stored=stored)
+    inputs = sizes[1]
     poisoned = torch.full((40, 200), torch.nan)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     for tokens in (1, 7, 40):
-        shared_linear(poisoned[:tokens, :100], *case.arguments(), share=share)
-        x = poisoned[:tokens, 100:]  # rows 200 apart, NaN on both sides
+        shared_linear(poisoned[:tokens, :inputs], *case.arguments(), share=share)
+        x = poisoned[:tokens, 100 : 100 + inputs]  # rows 200 apart, NaN on both sides
         x = x.clone().fill_(0.5) if tokens == 7 else torch.where(torch.isnan(x), 0.5, x)
         exact = x.double().numpy() @ case.dense.T + case.bias.double().numpy()
         np.testing.assert_allclose(shared_linear(x, *case.arguments(), share=share).numpy(), exact, atol=1e-4)
@@ -144,11 +197,14 @@ def test_no_tokens_give_no_rows(level: str, share: str) -> None:
     assert shared_linear(torch.zeros(2, 0, 100), *case.arguments(), share=share).shape == (2, 0, 63)
 
 
+@pytest.mark.parametrize("stored", ["float", "int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 4, 100])
 @pytest.mark.parametrize("share", ["output", "input"])
-def test_two_runs_and_any_number_of_threads_give_the_same_bits(level: str, share: str, tokens: int) -> None:
-    case = _case(share, (700, 500, 200, 60), torch.bfloat16)
-    x = torch.randn(tokens, 500).bfloat16()
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(
+    level: str, share: str, tokens: int, stored: str
+) -> None:
+    case = _case(share, (700, 512, 192, 64), torch.bfloat16, stored=stored)
+    x = torch.randn(tokens, 512).bfloat16()
     first = shared_linear(x, *case.arguments(), share=share)
     threads = torch.get_num_threads()
     try:
@@ -230,6 +286,9 @@ def test_opcheck(share: str) -> None:
     torch.library.opcheck(
         op, (x.detach(), low_rank.weight, low_rank.factor, None, low_rank.channels, None, None, None, share == "input")
     )
+    for stored in ("int8", "int4"):
+        packed = _case(share, (9, 64, 32, 32), torch.float32, stored=stored)
+        torch.library.opcheck(op, (torch.randn(2, 3, 64, requires_grad=True), *packed.arguments(), share == "input"))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -299,13 +358,13 @@ def test_autocast_leaves_float64_alone_and_traces_in_one_graph() -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    weight, factor, labels, channels, _ = _case("output", (9, 7, 4, 3), torch.float32, pivoted=True).arguments()
+    weight, factor, labels, channels, *_ = _case("output", (9, 7, 4, 3), torch.float32, pivoted=True).arguments()
     x = torch.zeros(2, 7)
     with pytest.raises(ValueError, match='share must be "output" or "input", got \'rows\''):
         shared_linear(x, weight, factor, labels, channels, share="rows")
     with pytest.raises(ValueError, match=r"7 features in its last dimension, got \(2, 8\)"):
         shared_linear(torch.zeros(2, 8), weight, factor, labels, channels, share="output")
-    with pytest.raises(TypeError, match=r"one dtype, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"one dtype, got x torch\.bfloat16"):
         shared_linear(x.bfloat16(), weight, factor, labels, channels, share="output")
     with pytest.raises(ValueError, match="labels must be given exactly when there are clusters"):
         shared_linear(x, weight, factor, None, channels, share="output")

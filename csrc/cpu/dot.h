@@ -41,8 +41,10 @@ struct Widened {
 
  private:
   static int64_t position(int64_t p, Bf16) { return p < Vec::width ? 2 * p : 2 * (p - Vec::width) + 1; }
-  static int64_t position(int64_t p, Half) { return p; }
-  static int64_t position(int64_t p, float) { return p; }
+  template <class Other>
+  static int64_t position(int64_t p, Other) {
+    return p;
+  }
 };
 
 template <class T>
@@ -73,8 +75,24 @@ struct Vectors {
   int64_t count, size, stride;
 };
 
-template <class P, int R, int VECTORS, class T>
-inline void dot_rows(const T *w, int64_t w_stride, const Vectors<typename P::X> &x, float *out, int64_t out_stride) {
+// A matrix of values in memory, its rows `stride` apart, read as P does.
+template <class P, class T>
+struct Rows {
+  using X = typename P::X;
+  static constexpr int64_t UNIT = PAIR;  // columns of one load
+  const T *data;
+  int64_t stride;
+
+  auto load(int64_t row, int64_t p) const { return P::load(data + row * stride + p); }
+  auto load(int64_t row, int64_t p, int64_t count) const { return P::load(data + row * stride + p, count); }
+  template <class Loaded>
+  static Vec::reg step(Vec::reg sum, const Loaded &loaded, const X *x) {
+    return P::step(sum, loaded, x);
+  }
+};
+
+template <int R, int VECTORS, class M>
+inline void dot_rows(const M &w, int64_t row, const Vectors<typename M::X> &x, float *out, int64_t out_stride) {
   Vec::reg sums[R][VECTORS];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -82,20 +100,20 @@ inline void dot_rows(const T *w, int64_t w_stride, const Vectors<typename P::X> 
     for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
   }
   int64_t p = 0;
-  for (; p + PAIR <= x.size; p += PAIR) {
+  for (; p + M::UNIT <= x.size; p += M::UNIT) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const typename P::Loaded row = P::load(w + i * w_stride + p);
+      const auto loaded = w.load(row + i, p);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = M::step(sums[i][v], loaded, x.data + v * x.stride + p);
     }
   }
   if (p < x.size) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const typename P::Loaded row = P::load(w + i * w_stride + p, x.size - p);
+      const auto loaded = w.load(row + i, p, x.size - p);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = M::step(sums[i][v], loaded, x.data + v * x.stride + p);
     }
   }
 #pragma GCC unroll 4
@@ -111,31 +129,33 @@ inline void dot_rows(const T *w, int64_t w_stride, const Vectors<typename P::X> 
 }
 
 // Rows [begin, end) in groups of R, the rest one by one.
-template <class P, int R, int VECTORS, class T>
-inline void dot_range(const T *w, int64_t w_stride, Range rows, const Vectors<typename P::X> &x, float *out,
-                      int64_t out_stride) {
+template <int R, int VECTORS, class M>
+inline void dot_range(const M &w, Range rows, const Vectors<typename M::X> &x, float *out, int64_t out_stride) {
   int64_t i = rows.begin;
-  for (; i + R <= rows.end; i += R) {
-    dot_rows<P, R, VECTORS>(w + i * w_stride, w_stride, x, out + i - rows.begin, out_stride);
-  }
-  for (; i < rows.end; ++i) dot_rows<P, 1, VECTORS>(w + i * w_stride, w_stride, x, out + i - rows.begin, out_stride);
+  for (; i + R <= rows.end; i += R) dot_rows<R, VECTORS>(w, i, x, out + i - rows.begin, out_stride);
+  for (; i < rows.end; ++i) dot_rows<1, VECTORS>(w, i, x, out + i - rows.begin, out_stride);
 }
 
 // Products of rows [begin, end) with all vectors, four at a time; out[v * out_stride] is row `begin`.
-template <class P, class T>
-inline void dot_all(const T *w, int64_t w_stride, Range rows, Vectors<typename P::X> x, float *out,
-                    int64_t out_stride) {
+template <class M>
+inline void dot_all(const M &w, Range rows, Vectors<typename M::X> x, float *out, int64_t out_stride) {
   for (; x.count > 0; x.data += 4 * x.stride, x.count -= 4, out += 4 * out_stride) {
     if (x.count == 1) {
-      dot_range<P, 8, 1>(w, w_stride, rows, x, out, out_stride);
+      dot_range<8, 1>(w, rows, x, out, out_stride);
     } else if (x.count == 2) {
-      dot_range<P, 4, 2>(w, w_stride, rows, x, out, out_stride);
+      dot_range<4, 2>(w, rows, x, out, out_stride);
     } else if (x.count == 3) {
-      dot_range<P, 4, 3>(w, w_stride, rows, x, out, out_stride);
+      dot_range<4, 3>(w, rows, x, out, out_stride);
     } else {
-      dot_range<P, 4, 4>(w, w_stride, rows, x, out, out_stride);
+      dot_range<4, 4>(w, rows, x, out, out_stride);
     }
   }
+}
+
+template <class P, class T>
+inline void dot_all(const T *w, int64_t w_stride, Range rows, const Vectors<typename P::X> &x, float *out,
+                    int64_t out_stride) {
+  dot_all(Rows<P, T>{w, w_stride}, rows, x, out, out_stride);
 }
 
 }  // namespace pycompress::PYCOMPRESS_LEVEL

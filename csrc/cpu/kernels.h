@@ -12,6 +12,7 @@ struct Half {
   uint16_t bits;
 };
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Storage : int { floats = 0, int8 = 1, int4 = 2 };  // pycompress/storage.py
 
 struct GramArgs {
   const float *left;   // [batch, n, d]
@@ -55,9 +56,11 @@ struct SharedLinearArgs {
   const void *labels;    // null when k = 0
   const void *channels;  // a permutation with the r pivots first, whose part of the factor is the identity, or null
   const void *bias;      // [outputs] or null
-  void *y;               // [tokens, outputs]
+  const void *weight_scales, *factor_scales;  // null for floats
+  void *y;                                    // [tokens, outputs]
   int64_t tokens, inputs, outputs, k, r, x_stride;
-  Dtype dtype;
+  Dtype dtype;  // of x, bias, scales and y, and of weight and factor stored as floats
+  Storage storage;
   bool wide_indices;  // labels and channels are int32 rather than int16
   bool share_input;
   int threads;

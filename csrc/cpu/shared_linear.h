@@ -4,8 +4,7 @@
 
 #include <omp.h>
 
-#include "dot.h"
-#include "gemm.h"
+#include "stored.h"
 
 namespace pycompress::PYCOMPRESS_LEVEL {
 
@@ -13,20 +12,21 @@ constexpr int64_t FEW_TOKENS = 24;     // above this the packing of gemm pays
 constexpr int64_t TILE = 64;           // rows whose stage-two products are finished together
 constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
 
-template <class T>
+// x and y are of type T; weight and factor are stored as S.
+template <class T, class S>
 struct Layer {
   const SharedLinearArgs &s;
   const int32_t *labels, *channels;
   const T *x = static_cast<const T *>(s.x), *bias = static_cast<const T *>(s.bias);
   T *y = static_cast<T *>(s.y);
-  // Stage one reads `first` [first_rows, first_size] against `input`, stage two `second` [second_rows, second_size]
-  // against row elements from second_at on; stage one's products go to row elements from first_at on.
-  const T *first = static_cast<const T *>(s.share_input ? s.factor : s.weight);
-  const T *second = static_cast<const T *>(s.share_input ? s.weight : s.factor);
   int64_t width = s.k + s.r;  // of a row of `reduced`
-  int64_t first_rows = s.share_input ? s.r : width, first_at = s.share_input ? s.k : 0;
-  int64_t first_size = s.inputs - (s.share_input ? s.pivots() : 0);
-  int64_t second_rows = s.outputs - (s.share_input ? 0 : s.pivots());
+  S weight{s.weight, s.weight_scales, s.share_input ? s.outputs : width, s.share_input ? width : s.inputs};
+  S factor{s.factor, s.factor_scales, s.share_input ? s.r : s.outputs - s.pivots(),
+           s.share_input ? s.inputs - s.pivots() : s.r};
+  // Stage one reads `first` against `input`, stage two `second` against row elements from second_at on; stage one's
+  // products go to row elements from first_at on.
+  const S &first = s.share_input ? factor : weight, &second = s.share_input ? weight : factor;
+  int64_t first_size = s.inputs - (s.share_input ? s.pivots() : 0), first_at = s.share_input ? s.k : 0;
   int64_t second_size = s.share_input ? width : s.r, second_at = s.share_input ? 0 : s.k;
   const T *input = x;  // of stage one, rows input_stride apart
   int64_t input_stride = s.x_stride;
@@ -75,10 +75,10 @@ struct Layer {
   }
 };
 
-template <class T>
-void few_tokens(const Layer<T> &layer) {
-  using First = Direct<T>;
-  using Second = Widened<T>;
+template <class T, class S>
+void few_tokens(const Layer<T, S> &layer) {
+  using First = typename S::Exact;
+  using Second = typename S::Wide;
   const SharedLinearArgs &s = layer.s;
   const int64_t x_size = padded(layer.first_size), operand_size = padded(layer.second_size);
   auto *x = reinterpret_cast<typename First::X *>(scratch(Slot::wide, s.tokens * x_size));
@@ -87,15 +87,15 @@ void few_tokens(const Layer<T> &layer) {
   for (int64_t t = 0; t < s.tokens; ++t) {
     First::prepare(layer.input + t * layer.input_stride, layer.first_size, x + t * x_size);
   }
-  const int64_t work = layer.first_rows * layer.first_size + layer.second_rows * layer.second_size;
+  const int64_t work = layer.first.rows * layer.first_size + layer.second.rows * layer.second_size;
   const int threads = static_cast<int>(least(s.threads, work / MIN_WORK + 1));
 
 #pragma omp parallel num_threads(threads)
   {
     const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-    const Range rows = share_of(layer.first_rows, 8, part, parts);
+    const Range rows = share_of(layer.first.rows, 8, part, parts);
     const Vectors<typename First::X> tokens{x, s.tokens, layer.first_size, x_size};
-    dot_all<First>(layer.first, layer.first_size, rows, tokens, reduced + layer.first_at + rows.begin, layer.width);
+    layer.first.template dot<First>(rows, tokens, reduced + layer.first_at + rows.begin, layer.width);
 #pragma omp barrier
 #pragma omp single
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -104,12 +104,12 @@ void few_tokens(const Layer<T> &layer) {
       layer.finish_pivots(t, row);
       Second::prepare(row + layer.second_at, layer.second_size, operand + t * operand_size);
     }
-    const Range columns = share_of(layer.second_rows, TILE, part, parts);
+    const Range columns = share_of(layer.second.rows, TILE, part, parts);
     const Vectors<float> operands{operand, s.tokens, layer.second_size, operand_size};
     for (int64_t from = columns.begin; from < columns.end; from += TILE) {
       float products[FEW_TOKENS * TILE];
       const int64_t to = least(from + TILE, columns.end);
-      dot_all<Second>(layer.second, layer.second_size, Range{from, to}, operands, products, TILE);
+      layer.second.template dot<Second>(Range{from, to}, operands, products, TILE);
       for (int64_t t = 0; t < s.tokens; ++t) {
         layer.finish(t, from, to - from, products + t * TILE, reduced + t * layer.width);
       }
@@ -117,25 +117,24 @@ void few_tokens(const Layer<T> &layer) {
   }
 }
 
-template <class T>
-void many_tokens(const Layer<T> &layer) {
+template <class T, class S>
+void many_tokens(const Layer<T, S> &layer) {
   const SharedLinearArgs &s = layer.s;
   float *reduced = scratch(Slot::stage, s.tokens * layer.width);
   const Matrix<T> input{layer.input, s.tokens, layer.input_stride};
-  gemm(input, Matrix<T>{layer.first, layer.first_rows, layer.first_size}, layer.first_size, false, s.threads,
-       [&](const float *values, const Piece &piece) {
-         accumulate(values, piece, [&](int64_t i) { return reduced + i * layer.width + layer.first_at; });
-       });
+  gemm(input, layer.first, layer.first_size, false, s.threads, [&](const float *values, const Piece &piece) {
+    accumulate(values, piece, [&](int64_t i) { return reduced + i * layer.width + layer.first_at; });
+  });
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
     layer.complete(t, reduced + t * layer.width);
     layer.finish_pivots(t, reduced + t * layer.width);
   }
 
-  const int64_t size = layer.second_size, rows = layer.second_rows;
+  const int64_t size = layer.second_size, rows = layer.second.rows;
   float *partial = size <= SLICE ? nullptr : scratch(Slot::wide, s.tokens * rows);
   const Matrix<float> operand{reduced + layer.second_at, s.tokens, layer.width};
-  gemm(operand, Matrix<T>{layer.second, rows, size}, size, false, s.threads, [&](float *values, const Piece &piece) {
+  gemm(operand, layer.second, size, false, s.threads, [&](float *values, const Piece &piece) {
     for (int64_t i = 0; i < piece.rows; ++i) {
       float *row = values + i * NR, *kept = partial + (piece.row + i) * rows + piece.column;
       for (int64_t j = 0; j < piece.columns && !piece.first; ++j) row[j] += kept[j];
@@ -153,16 +152,16 @@ inline const int32_t *indices(const void *stored, bool wide, int64_t count, int3
   return room;
 }
 
-template <class T>
-Layer<T> layer_of(const SharedLinearArgs &s) {
+template <class T, class S>
+Layer<T, S> layer_of(const SharedLinearArgs &s) {
   const int64_t count = s.share_input ? s.inputs : s.outputs;
   auto *room = reinterpret_cast<int32_t *>(scratch_ints(count));  // two int32 of room for each int64
   return {s, indices(s.labels, s.wide_indices, count, room), indices(s.channels, s.wide_indices, count, room + count)};
 }
 
-template <class T>
+template <class T, class S>
 void run(const SharedLinearArgs &s) {
-  Layer<T> layer = layer_of<T>(s);
+  Layer<T, S> layer = layer_of<T, S>(s);
   layer.permute_input();
   if (s.tokens <= FEW_TOKENS) {
     few_tokens(layer);
@@ -171,14 +170,21 @@ void run(const SharedLinearArgs &s) {
   }
 }
 
+template <class T>
+void run(const SharedLinearArgs &s) {
+  if (s.storage == Storage::floats) run<T, Floats<T>>(s);
+  if (s.storage == Storage::int8) run<T, Int8<T>>(s);
+  if (s.storage == Storage::int4) run<T, Int4<T>>(s);
+}
+
 void shared_linear_gather(const SharedLinearArgs &s, float *reduced, const float *product) {
-  const Layer<float> layer = layer_of<float>(s);
+  const auto layer = layer_of<float, Floats<float>>(s);
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
     float *row = reduced + t * layer.width;
     layer.complete(t, row);
     layer.finish_pivots(t, row);
-    if (!s.share_input) layer.finish(t, 0, layer.second_rows, product + t * layer.second_rows, row);
+    if (!s.share_input) layer.finish(t, 0, layer.second.rows, product + t * layer.second.rows, row);
   }
 }
 

@@ -23,6 +23,9 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static reg load(const Half *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+  static reg load(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+  }
   static void store(float *p, reg v) { _mm256_storeu_ps(p, v); }
   static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static reg fmadd(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
@@ -35,12 +38,24 @@ struct Vec {
     even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static void load_pair(const int8_t *p, reg &a, reg &b) { a = load(p), b = load(p + 8); }
   // The first `count` of a pair, zeros behind them; nothing past them is read.
   template <class T>
   static void load_pair(const T *p, int64_t count, reg &a, reg &b) {
     T padded[2 * width] = {};
     std::memcpy(padded, p, static_cast<std::size_t>(count) * sizeof(T));
     load_pair(padded, a, b);
+  }
+
+  // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
+  static void load_int4(const uint8_t *p, float scale, reg *values) {
+    const reg scales = set1(scale), least = set1(-8.0f * scale);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + 8 * i)));
+      const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15)), high = _mm256_srli_epi32(bytes, 4);
+      values[i] = fmadd(_mm256_cvtepi32_ps(low), scales, least);
+      values[2 + i] = fmadd(_mm256_cvtepi32_ps(high), scales, least);
+    }
   }
 
   // Sums of four registers, in four neighbouring floats.

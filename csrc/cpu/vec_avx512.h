@@ -28,6 +28,9 @@ struct Vec {
   static void load_pair(const float *p, reg &a, reg &b) { a = load(p), b = load(p + 16); }
   static void load_pair(const Half *p, reg &a, reg &b) { a = load(p), b = load(p + 16); }
   static void load_pair(const Bf16 *p, reg &a, reg &b) { split(_mm512_loadu_si512(p), a, b); }
+  static void load_pair(const int8_t *p, reg &a, reg &b) {
+    widen_bytes(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), a, b);
+  }
 
   // The first `count` of a pair, zeros behind them; nothing past them is read.
   static void load_pair(const float *p, int64_t count, reg &a, reg &b) {
@@ -42,6 +45,18 @@ struct Vec {
   }
   static void load_pair(const Bf16 *p, int64_t count, reg &a, reg &b) {
     split(_mm512_maskz_loadu_epi16((1u << count) - 1, p), a, b);
+  }
+  static void load_pair(const int8_t *p, int64_t count, reg &a, reg &b) {
+    widen_bytes(_mm256_maskz_loadu_epi8((1u << count) - 1, p), a, b);
+  }
+
+  // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
+  static void load_int4(const uint8_t *p, float scale, reg *values) {
+    const reg codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const reg table = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    values[0] = _mm512_permutexvar_ps(bytes, table);  // looks at the low four bits alone
+    values[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
   }
 
   // Sums of four registers, in the lanes of one.
@@ -75,6 +90,10 @@ struct Vec {
   static void split(__m512i bits, reg &even, reg &odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static void widen_bytes(__m256i bytes, reg &a, reg &b) {
+    a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
   }
   static __m128 quarter(reg v) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

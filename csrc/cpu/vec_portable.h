@@ -52,12 +52,16 @@ struct Vec {
   }
   static reg load(const Bf16 *p) { return reg{wide(p[0]), wide(p[1]), wide(p[2]), wide(p[3])}; }
   static reg load(const Half *p) { return reg{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static reg load(const int8_t *p) {
+    return reg{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+  }
   static void store(float *p, reg v) { std::memcpy(p, &v, sizeof v); }
   static reg add(reg a, reg b) { return a + b; }
   static reg fmadd(reg a, reg b, reg c) { return a * b + c; }
 
   static void load_pair(const float *p, reg &a, reg &b) { a = load(p), b = load(p + 4); }
   static void load_pair(const Half *p, reg &a, reg &b) { a = load(p), b = load(p + 4); }
+  static void load_pair(const int8_t *p, reg &a, reg &b) { a = load(p), b = load(p + 4); }
   // Even and odd elements, the order of the wider levels.
   static void load_pair(const Bf16 *p, reg &even, reg &odd) {
     even = reg{wide(p[0]), wide(p[2]), wide(p[4]), wide(p[6])};
@@ -68,6 +72,14 @@ struct Vec {
     T padded[2 * width] = {};
     std::memcpy(padded, p, static_cast<std::size_t>(count) * sizeof(T));
     load_pair(padded, a, b);
+  }
+
+  // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
+  static void load_int4(const uint8_t *p, float scale, reg *values) {
+    for (int i = 0; i < 16; ++i) {
+      values[i / width][i % width] = static_cast<float>((p[i] & 15) - 8) * scale;
+      values[4 + i / width][i % width] = static_cast<float>((p[i] >> 4) - 8) * scale;
+    }
   }
 
   static void store_sums(float *p, reg a, reg b, reg c, reg d) {

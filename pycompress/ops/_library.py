@@ -18,6 +18,7 @@ from pycompress import _ext
 
 LIBRARY = torch.library.Library("pycompress", "DEF")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODE_DTYPES = (torch.int8, torch.uint8)  # of weights stored as codes, see pycompress/storage.py
 
 
 def why_no_triton() -> str | None:
@@ -62,7 +63,7 @@ def kernel_in_use(tensor: Tensor) -> str:
     if tensor.device.type == "cpu":
         if _ext.C is None:
             return f"reference ({_ext.why})"
-        if tensor.dtype not in NATIVE_DTYPES:
+        if tensor.dtype not in NATIVE_DTYPES + CODE_DTYPES:
             return f"reference (no native kernel for {tensor.dtype})"
         return f"cpu {_ext.C.isa()}"
     if tensor.device.type == "cuda":

@@ -22,8 +22,9 @@ from pycompress.ops._library import kernel_in_use, register, triton_kernel
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
-# csrc/cpu/kernels.h, enum Dtype.
+# csrc/cpu/kernels.h, enums Dtype and Storage.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORAGE_CODES = {"float": 0, "int8": 1, "int4": 2}
 # Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
 PREFILL = 25
 
@@ -117,26 +118,28 @@ def _cpu(
     factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    if x.dtype not in DTYPE_CODES or weight_scales is not None:
+    if x.dtype not in DTYPE_CODES:
         return shared_linear_ref(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    rank, stacked = (factor.shape[0], weight.shape[1]) if share_input else (factor.shape[1], weight.shape[0])
+    stacked, rank = (storage.width_of(weight), len(factor)) if share_input else (len(weight), storage.width_of(factor))
     outputs = _outputs(weight, factor, channels, share_input)
     y = torch.empty((rows.shape[0], outputs), dtype=x.dtype)
     # Held here until the call is over: an address keeps no temporary alive.
     tensors = [
-        t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, factor, labels, channels, bias)
+        t if t is None or t.is_contiguous() else t.contiguous()
+        for t in (weight, factor, labels, channels, bias, weight_scales, factor_scales)
     ]
     sizes = (*rows.shape, outputs, stacked - rank, rank, rows.stride(0))
-    if x.dtype == torch.float32 and len(rows) >= PREFILL:
-        _cpu_prefill(rows, tensors, y, sizes, share_input)
+    if x.dtype == torch.float32 and weight_scales is None and len(rows) >= PREFILL:
+        _cpu_prefill(rows, tensors[:5], y, sizes, share_input)
     else:
         _ext.C.shared_linear(
             *map(_ext.address, (rows, *tensors, y)),
             *sizes,
             DTYPE_CODES[x.dtype],
+            STORAGE_CODES[storage.storage_of(weight)],
             _wide(labels, channels),
             share_input,
             _ext.threads(),
