@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 #ifdef PYCOMPRESS_CUDA
 #include "cuda/shared_linear.h"
@@ -65,6 +67,25 @@ void shared_linear_gather(std::uintptr_t x, std::uintptr_t labels, std::uintptr_
   kernels().shared_linear_gather(layer, at<float>(reduced), at<float>(product));
 }
 
+void check_indices(const char *name, const int64_t *indices, int64_t count, int64_t limit) {
+  if (!indices || !count) return;
+  const auto [low, high] = std::minmax_element(indices, indices + count);
+  if (*low >= 0 && *high < limit) return;
+  throw std::out_of_range(std::string(name) + " must be at least 0 and below " + std::to_string(limit) + ", got " +
+                          std::to_string(*low < 0 ? *low : *high));
+}
+
+void subnet_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t rows,
+                   std::uintptr_t columns, std::uintptr_t y, int64_t tokens, int64_t inputs, int64_t outputs,
+                   int64_t height, int64_t width, int64_t x_stride, int64_t weight_stride, int dtype, bool transposed,
+                   int threads) {
+  check_indices("rows", at<int64_t>(rows), outputs, height);
+  check_indices("columns", at<int64_t>(columns), inputs, width);
+  kernels().subnet_linear({at<void>(x), at<void>(weight), at<void>(bias), at<int64_t>(rows), at<int64_t>(columns),
+                           at<void>(y), tokens, inputs, outputs, height, width, x_stride, weight_stride,
+                           static_cast<Dtype>(dtype), transposed, threads});
+}
+
 #ifdef PYCOMPRESS_CUDA
 void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
                         std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t reduced, std::uintptr_t y,
@@ -97,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("centre", centre, unlocked);
   m.def("shared_linear", shared_linear, unlocked);
   m.def("shared_linear_gather", shared_linear_gather, unlocked);
+  m.def("subnet_linear", subnet_linear, unlocked);
 #ifdef PYCOMPRESS_CUDA
   m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
 #endif

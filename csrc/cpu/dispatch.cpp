@@ -36,8 +36,9 @@ bool has_avx512() {
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define PYCOMPRESS_LEVEL_KERNELS(level) \
-  {level::gram, level::kmeans_plus_plus, level::lloyd, level::centre, level::shared_linear, level::shared_linear_gather}
+#define PYCOMPRESS_LEVEL_KERNELS(level)                                                   \
+  {level::gram,          level::kmeans_plus_plus,     level::lloyd,        level::centre, \
+   level::shared_linear, level::shared_linear_gather, level::subnet_linear}
 
 const Level LEVELS[] = {
     {"portable", always, PYCOMPRESS_LEVEL_KERNELS(portable)},
@@ -51,7 +52,7 @@ const Level LEVELS[] = {
     {"avx512bf16",
      has_avx512bf16,
      {avx512::gram, avx512::kmeans_plus_plus, avx512::lloyd, avx512::centre, avx512bf16::shared_linear,
-      avx512bf16::shared_linear_gather}},
+      avx512bf16::shared_linear_gather, avx512bf16::subnet_linear}},
 #endif
 };
 

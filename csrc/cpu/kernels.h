@@ -68,6 +68,19 @@ struct SharedLinearArgs {
   int64_t pivots() const { return channels ? r : 0; }
 };
 
+struct SubnetLinearArgs {
+  const void *x;           // [tokens, inputs], rows x_stride apart
+  const void *weight;      // [height, width], contiguous rows (columns when transposed) weight_stride apart
+  const void *bias;        // [height] or null
+  const int64_t *rows;     // [outputs], below height, or null for all
+  const int64_t *columns;  // [inputs], below width, or null for all
+  void *y;                 // [tokens, outputs]
+  int64_t tokens, inputs, outputs, height, width, x_stride, weight_stride;
+  Dtype dtype;
+  bool transposed;
+  int threads;
+};
+
 struct Kernels {
   void (*gram)(const GramArgs &);
   void (*kmeans_plus_plus)(const SeedArgs &);
@@ -77,6 +90,7 @@ struct Kernels {
   // What of a float32 layer is no product. Output sharing: y from `reduced` [tokens, k + r] and the product of its
   // low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's product.
   void (*shared_linear_gather)(const SharedLinearArgs &, float *reduced, const float *product);
+  void (*subnet_linear)(const SubnetLinearArgs &);
 };
 
 #define PYCOMPRESS_DECLARE(level)                                              \
@@ -87,6 +101,7 @@ struct Kernels {
   void centre(const CentreArgs &);                                             \
   void shared_linear(const SharedLinearArgs &);                                \
   void shared_linear_gather(const SharedLinearArgs &, float *, const float *); \
+  void subnet_linear(const SubnetLinearArgs &);                                \
   }
 PYCOMPRESS_DECLARE(portable)
 PYCOMPRESS_DECLARE(avx2)

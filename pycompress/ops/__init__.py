@@ -9,6 +9,7 @@ from pycompress.ops.gram import gram
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
 from pycompress.ops.lowrank import lowrank
 from pycompress.ops.shared_linear import shared_linear
+from pycompress.ops.subnet_linear import subnet_linear
 
 __all__ = [
     "OPS",
@@ -20,9 +21,10 @@ __all__ = [
     "lloyd_points",
     "lowrank",
     "shared_linear",
+    "subnet_linear",
 ]
 
 # Op name -> a function that says which kernels it has on this installation.
 OPS: dict[str, Callable[[], str]] = dict.fromkeys(
-    ("gram", "kmeans_plus_plus", "lloyd", "lloyd_points", "lowrank", "shared_linear"), describe
+    ("gram", "kmeans_plus_plus", "lloyd", "lloyd_points", "lowrank", "shared_linear", "subnet_linear"), describe
 )

@@ -1,0 +1,277 @@
+// Dense linear layer over some rows and columns of a stored matrix, whose rows or columns are contiguous.
+//
+// Few tokens, rows contiguous: dot products of the rows. Few tokens, columns contiguous: a sum of columns, so that only
+// those that were asked for are read. Many tokens: gemm, which finds rows and columns while it packs.
+#pragma once
+
+#include <omp.h>
+
+#include "dot.h"
+#include "gemm.h"
+
+namespace pycompress::PYCOMPRESS_LEVEL {
+namespace subnet {
+
+constexpr int64_t FEW_TOKENS = 16;     // above this the packing of gemm pays
+constexpr int64_t TILE = 16;           // rows that stay in the second-level cache while all tokens use them
+constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
+constexpr int64_t SUM_BLOCK = 256;     // columns that are summed before the total takes them, to lose fewer digits
+constexpr int AT_ONCE = 8;             // columns that one pass over the sums adds
+
+template <class T>
+struct Layer {
+  const SubnetLinearArgs &s;
+  const T *x = static_cast<const T *>(s.x), *weight = static_cast<const T *>(s.weight);
+  const T *bias = static_cast<const T *>(s.bias);
+  T *y = static_cast<T *>(s.y);
+
+  int64_t row(int64_t i) const { return s.rows ? s.rows[i] : i; }
+  int64_t column(int64_t j) const { return s.columns ? s.columns[j] : j; }
+
+  // Outputs from `from` on of one token: product, bias, rounding.
+  void finish(int64_t token, int64_t from, int64_t count, const float *product) const {
+    T *to = y + token * s.outputs + from;
+    if (!bias) {
+      for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(product[i]);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(product[i] + widen(bias[row(from + i)]));
+  }
+
+  int threads() const { return static_cast<int>(least(s.threads, s.outputs * s.inputs / MIN_WORK + 1)); }
+};
+
+// Products of R rows with VECTORS vectors: out[vector * out_stride + row].
+template <class P, int R, int VECTORS, class T>
+void dot_selected(const T *const (&rows)[R], const Vectors<typename P::X> &x, float *out, int64_t out_stride) {
+  Vec::reg sums[R][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
+  }
+  int64_t p = 0;
+  for (; p + PAIR <= x.size; p += PAIR) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const typename P::Loaded row = P::load(rows[i] + p);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+    }
+  }
+  if (p < x.size) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const typename P::Loaded row = P::load(rows[i] + p, x.size - p);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i += 4) {
+      Vec::store_sums(out + v * out_stride + i, sums[i][v], sums[i + 1][v], sums[i + 2][v], sums[i + 3][v]);
+    }
+  }
+}
+
+// TILE rows from `from` on, the last one repeated past the end, with all vectors: out[vector * TILE + row].
+template <class P, int R, int VECTORS, class T>
+void dot_tile(const Layer<T> &layer, int64_t from, const Vectors<typename P::X> &x, float *out) {
+  for (int64_t i = 0; i < TILE && from + i < layer.s.outputs; i += R) {
+    const T *rows[R];
+    for (int64_t r = 0; r < R; ++r) {
+      rows[r] = layer.weight + layer.row(least(from + i + r, layer.s.outputs - 1)) * layer.s.weight_stride;
+    }
+    dot_selected<P, R, VECTORS>(rows, x, out + i, TILE);
+  }
+}
+
+// Inputs at the columns they belong to, zero elsewhere.
+template <class T>
+const float *spread(const Layer<T> &layer) {
+  const SubnetLinearArgs &s = layer.s;
+  float *whole = scratch(Slot::permuted, s.tokens * s.width);
+  std::memset(whole, 0, s.tokens * s.width * sizeof(float));
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    for (int64_t j = 0; j < s.inputs; ++j) whole[t * s.width + s.columns[j]] += widen(layer.x[t * s.x_stride + j]);
+  }
+  return whole;
+}
+
+// Rows are contiguous and read whole, `from` being the inputs of all their columns.
+template <class P, class S, class T>
+void dot(const Layer<T> &layer, const S *from, int64_t from_stride) {
+  const SubnetLinearArgs &s = layer.s;
+  const int64_t size = s.width, stride = padded(size);
+  auto *x = reinterpret_cast<typename P::X *>(scratch(Slot::wide, s.tokens * stride));
+  for (int64_t t = 0; t < s.tokens; ++t) P::prepare(from + t * from_stride, size, x + t * stride);
+#pragma omp parallel num_threads(layer.threads())
+  {
+    const Range range = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
+    for (int64_t from = range.begin; from < range.end; from += TILE) {
+      float products[FEW_TOKENS * TILE];
+      Vectors<typename P::X> tokens{x, s.tokens, size, stride};
+      for (float *out = products; tokens.count > 0; tokens.data += 4 * stride, tokens.count -= 4, out += 4 * TILE) {
+        if (tokens.count == 1) {
+          dot_tile<P, 8, 1>(layer, from, tokens, out);
+        } else if (tokens.count == 2) {
+          dot_tile<P, 4, 2>(layer, from, tokens, out);
+        } else if (tokens.count == 3) {
+          dot_tile<P, 4, 3>(layer, from, tokens, out);
+        } else {
+          dot_tile<P, 4, 4>(layer, from, tokens, out);
+        }
+      }
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        layer.finish(t, from, least(TILE, range.end - from), products + t * TILE);
+      }
+    }
+  }
+}
+
+// sums[token * stride + n] += the sum over R columns of x times weight; the first pass writes.
+template <int R, class T>
+void add_columns(const T *const (&columns)[R], const float *x, int64_t x_stride, int64_t tokens, Range range,
+                 bool first, float *sums, int64_t stride) {
+  int64_t n = range.begin;
+  for (; n + Vec::width <= range.end; n += Vec::width) {
+    Vec::reg values[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) values[i] = Vec::load(columns[i] + n);
+    for (int64_t t = 0; t < tokens; ++t) {
+      Vec::reg sum = first ? Vec::zero() : Vec::load(sums + t * stride + n);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) sum = Vec::fmadd(Vec::set1(x[t * x_stride + i]), values[i], sum);
+      Vec::store(sums + t * stride + n, sum);
+    }
+  }
+  for (; n < range.end; ++n) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      float sum = first ? 0.0f : sums[t * stride + n];
+      for (int i = 0; i < R; ++i) sum += x[t * x_stride + i] * widen(columns[i][n]);
+      sums[t * stride + n] = sum;
+    }
+  }
+}
+
+// Columns are contiguous: those that were asked for are added up, over all rows, which threads share.
+template <class T>
+void sum_columns(const Layer<T> &layer) {
+  const SubnetLinearArgs &s = layer.s;
+  const int64_t height = s.height;
+  float *x = scratch(Slot::wide, s.tokens * s.inputs);
+  float *sums = scratch(Slot::small, s.tokens * height), *totals = scratch(Slot::stage, s.tokens * height);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    for (int64_t j = 0; j < s.inputs; ++j) x[t * s.inputs + j] = widen(layer.x[t * s.x_stride + j]);
+  }
+#pragma omp parallel num_threads(layer.threads())
+  {
+    const Range range = share_of(height, PAIR, omp_get_thread_num(), omp_get_num_threads());
+    for (int64_t from = 0; from < s.inputs; from += SUM_BLOCK) {
+      const int64_t to = least(from + SUM_BLOCK, s.inputs);
+      for (int64_t p = from; p < to;) {
+        const T *columns[AT_ONCE];
+        for (int64_t i = 0; i < AT_ONCE; ++i) {
+          columns[i] = layer.weight + layer.column(least(p + i, to - 1)) * s.weight_stride;
+        }
+        if (p + AT_ONCE <= to) {
+          add_columns(columns, x + p, s.inputs, s.tokens, range, p == from, sums, height);
+          p += AT_ONCE;
+        } else {
+          const T *one[] = {columns[0]};
+          add_columns(one, x + p, s.inputs, s.tokens, range, p == from, sums, height);
+          p += 1;
+        }
+      }
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        for (int64_t n = range.begin; n < range.end; ++n) {
+          totals[t * height + n] = sums[t * height + n] + (from ? totals[t * height + n] : 0.0f);
+        }
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t from = 0; from < s.outputs; from += TILE) {
+      const int64_t count = least(TILE, s.outputs - from);
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        float products[TILE];
+        for (int64_t i = 0; i < count; ++i) products[i] = totals[t * height + layer.row(from + i)];
+        layer.finish(t, from, count, products);
+      }
+    }
+  }
+}
+
+// The second operand of gemm, for layouts that Matrix does not cover.
+template <class T>
+struct Selected {
+  const Layer<T> &layer;
+  int64_t rows;
+};
+
+template <class T>
+void pack_columns(const Selected<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
+  const SubnetLinearArgs &s = b.layer.s;
+  const int64_t rows = least(NR, b.rows - first);
+  if (!s.transposed) {  // contiguous rows without the columns that were not asked for
+    T gathered[NR * SLICE];
+    for (int64_t i = 0; i < rows; ++i) {
+      const T *row = b.layer.weight + b.layer.row(first + i) * s.weight_stride;
+      for (int64_t p = 0; p < depth; ++p) gathered[i * SLICE + p] = row[s.columns[from + p]];
+    }
+    pack_columns(Matrix<T>{gathered, rows, SLICE}, 0, 0, depth, out);
+    return;
+  }
+  for (int64_t p = 0; p < depth; ++p, out += NR) {
+    const T *column = b.layer.weight + b.layer.column(from + p) * s.weight_stride;
+    int64_t j = 0;
+    for (; !s.rows && j + Vec::width <= rows; j += Vec::width) Vec::store(out + j, Vec::load(column + first + j));
+    for (; j < rows; ++j) out[j] = widen(column[b.layer.row(first + j)]);
+    for (; j < NR; ++j) out[j] = 0.0f;
+  }
+}
+
+template <class B, class T>
+void multiply(const Layer<T> &layer, const B &b) {
+  const SubnetLinearArgs &s = layer.s;
+  float *partial = s.inputs <= SLICE ? nullptr : scratch(Slot::stage, s.tokens * s.outputs);
+  const Matrix<T> x{layer.x, s.tokens, s.x_stride};
+  gemm(x, b, s.inputs, false, s.threads, [&](float *values, const Piece &piece) {
+    for (int64_t i = 0; i < piece.rows; ++i) {
+      float *row = values + i * NR, *kept = partial + (piece.row + i) * s.outputs + piece.column;
+      for (int64_t j = 0; j < piece.columns && !piece.first; ++j) row[j] += kept[j];
+      for (int64_t j = 0; j < piece.columns && !piece.last; ++j) kept[j] = row[j];
+      if (piece.last) layer.finish(piece.row + i, piece.column, piece.columns, row);
+    }
+  });
+}
+
+template <class T>
+void run(const SubnetLinearArgs &s) {
+  const Layer<T> layer{s};
+  if (s.tokens > FEW_TOKENS) {
+    if (s.transposed || s.columns) {
+      multiply(layer, Selected<T>{layer, s.outputs});
+    } else {
+      multiply(layer, Matrix<T>{layer.weight, s.outputs, s.weight_stride, s.rows});
+    }
+  } else if (s.transposed) {
+    sum_columns(layer);
+  } else if (s.columns) {
+    dot<Widened<T>>(layer, spread(layer), s.width);
+  } else {
+    dot<Direct<T>>(layer, layer.x, s.x_stride);
+  }
+}
+
+}  // namespace subnet
+
+void subnet_linear(const SubnetLinearArgs &s) {
+  if (s.dtype == Dtype::f32) subnet::run<float>(s);
+  if (s.dtype == Dtype::bf16) subnet::run<Bf16>(s);
+  if (s.dtype == Dtype::f16) subnet::run<Half>(s);
+}
+
+}  // namespace pycompress::PYCOMPRESS_LEVEL
