@@ -3,6 +3,9 @@
 M tokens, N outputs, K inputs, k clusters, r rank; `S = k + r` rows of the stacked matrix. Up to `DECODE` tokens the
 skinny products are split over K, their partial sums lie in a float32 workspace and are added in a fixed order. Above it
 they are cuBLAS's. Pivots, whose part of the factor is the identity, are handled where the factor is read.
+
+Codes are widened where a few tokens read them. For many tokens they are widened once, into a workspace, for cuBLAS: a
+fused product would widen them again for each tile of tokens, and reaches less of the chip.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from pycompress.kernels.codes import columns_of, halves_of, load_codes, storage_of, values_of, width_of, widened
 from pycompress.kernels.segments import group_by_label
-from pycompress.kernels.skinny import precision, skinny
+from pycompress.kernels.skinny import dependent, precision, skinny
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DECODE = 64
 
@@ -30,6 +35,7 @@ def _summed(ptr, mask, splits, stride_split):
 def _expand_kernel(
     parts_ptr,  # [splits, M, k + r]
     factor_ptr,  # [N - pivots, r]
+    scales_ptr,
     labels_ptr,  # [N]
     order_ptr,  # [N]
     bias_ptr,  # [N]
@@ -42,11 +48,13 @@ def _expand_kernel(
     splits,
     stride_split,
     stride_pm,
-    stride_fn,
     stride_om,
+    STORAGE: tl.constexpr,
+    HALVES: tl.constexpr,
     GATHER: tl.constexpr,
     ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -58,6 +66,9 @@ def _expand_kernel(
     n; "scatter" when `order` gives the channel of each position, "gather" when it gives the position of each channel.
     Positions below `pivots` have the low-rank part itself, the others the factor's rows in turn.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     position, factor_row, mask_f = offs_n, offs_n, mask_n
@@ -75,16 +86,17 @@ def _expand_kernel(
     acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
     if GATHER != "all":
         for first in range(0, r, BLOCK_R):
-            offs_r = first + tl.arange(0, BLOCK_R)
-            mask_r = (offs_r < r)[None, :]
-            low = _summed(rows + k + offs_r[None, :], mask_m[:, None] & mask_r, splits, stride_split)
-            tile = factor_ptr + factor_row[:, None].to(tl.int64) * stride_fn + offs_r[None, :]
-            factor = tl.load(tile, mask=mask_f[:, None] & mask_r, other=0.0)
-            if BLOCK_M == 1:
-                acc += tl.sum(factor.to(tl.float32) * low, axis=1)[None, :]
-            else:
-                low = low.to(factor.dtype)
-                acc = tl.dot(low, tl.trans(factor), acc, input_precision=PRECISION)
+            codes, scales = load_codes(factor_ptr, scales_ptr, factor_row, mask_f, first, r, STORAGE, BLOCK_R)
+            for half in tl.static_range(HALVES):
+                offs_r = columns_of(first, half, STORAGE, BLOCK_R)
+                mask_r = mask_m[:, None] & (offs_r < r)[None, :]
+                low = _summed(rows + k + offs_r[None, :], mask_r, splits, stride_split)
+                factor = values_of(codes, scales, half, STORAGE)
+                if BLOCK_M == 1:
+                    acc += tl.sum(factor.to(tl.float32) * low, axis=1)[None, :]
+                else:
+                    factor = factor.to(out_ptr.dtype.element_ty)
+                    acc = tl.dot(low.to(factor.dtype), tl.trans(factor), acc, input_precision=PRECISION)
     if ORDER != "none":
         acc += _summed(rows + k + position[None, :], mask & (position < pivots)[None, :], splits, stride_split)
     if GATHER == "labels":
@@ -116,13 +128,14 @@ def _expand(
     parts: Tensor,
     out: Tensor,
     factor: Tensor | None = None,
+    scales: Tensor | None = None,
     labels: Tensor | None = None,
     channels: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Sum `parts [splits, M, k + r]` and write `[M, N]` into `out`; without a factor the parts are the output's own."""
     (M, N), splits = out.shape, parts.shape[0]
-    rank = 0 if factor is None else factor.shape[1]
+    rank, storage = (0, "float") if factor is None else (width_of(factor), storage_of(factor))
     decode = M <= DECODE
     block_m = (1 if M == 1 else max(16, triton.next_power_of_2(M))) if decode else 64
     block_n = 128 if out.element_size() == 2 and not decode else 64
@@ -130,7 +143,7 @@ def _expand(
     order = channels if decode or channels is None else _inverted(channels)
     _expand_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
         parts,
-        *(parts if t is None else t for t in (factor, labels, order, bias)),
+        *(parts if t is None else t for t in (factor, scales, labels, order, bias)),
         out,
         M,
         N,
@@ -140,16 +153,19 @@ def _expand(
         splits,
         parts.stride(0),
         parts.stride(1),
-        0 if factor is None else factor.stride(0),
         out.stride(0),
+        STORAGE=storage,
+        HALVES=halves_of(storage),
         GATHER="labels" if labels is not None else "all" if factor is None else "none",
         ORDER="none" if order is None else "scatter" if decode else "gather",
         HAS_BIAS=bias is not None,
+        PDL=dependent(out.device),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_R=64 if out.element_size() == 2 else 16,
+        BLOCK_R=64 if out.element_size() == 2 or storage == "int4" else 16,
         PRECISION=precision(out.dtype),
         num_warps=4 if block_m <= 16 else 8,
+        launch_pdl=dependent(out.device),
     )
     return out
 
@@ -223,18 +239,26 @@ def shared_linear_cuda(
     Outputs shared: `weight [k + r, K] = [C; V]`, `factor U [N, r]`, `labels [N]`. Inputs shared: `weight [N, k + r]
     = [Cᵀ | U]`, `factor V [r, K]`, `labels [K]`. `labels` is None when k = 0. `channels`, a permutation of the N or K
     channels with r pivots first, leaves their identity out of the factor: `U [N - r, r]`, `V [r, K - r]`. Indices are
-    int16 or int32. float64 has no kernel and goes through torch's products.
+    int16 or int32. `weight` and `factor` are both in the dtype of `x`, or both int8 or both int4 codes with their scales
+    in that dtype. float64 has no kernel and goes through torch's products.
     """
-    if x.dtype == torch.float64:
-        return _in_double(x, weight, factor, labels, channels, bias, share_input)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     weight, factor = weight.contiguous(), factor.contiguous()
-    labels, channels, bias = (t if t is None else t.contiguous() for t in (labels, channels, bias))
+    labels, channels, bias, weight_scales, factor_scales = (
+        t if t is None else t.contiguous() for t in (labels, channels, bias, weight_scales, factor_scales)
+    )
+    if weight_scales is not None and (len(rows) > DECODE or x.dtype == torch.float64):
+        assert factor_scales is not None
+        weight, factor = widened(weight, weight_scales), widened(factor, factor_scales)
+        weight_scales = factor_scales = None
+    if x.dtype == torch.float64:
+        return _in_double(x, weight, factor, labels, channels, bias, share_input)
     outputs = weight.shape[0] if share_input else factor.shape[0] if channels is None else channels.shape[0]
     out = torch.empty((rows.shape[0], outputs), dtype=x.dtype, device=x.device)
     if out.numel():
-        (_input_shared if share_input else _output_shared)(rows, weight, factor, labels, channels, bias, out)
+        form = _input_shared if share_input else _output_shared
+        form(rows, weight, factor, weight_scales, factor_scales, labels, channels, bias, out)
     return out.view(*x.shape[:-1], outputs)
 
 
@@ -242,29 +266,33 @@ def _output_shared(
     x: Tensor,
     weight: Tensor,
     factor: Tensor,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    parts = skinny(x, weight) if len(x) <= DECODE else torch.mm(x, weight.T)[None]
-    _expand(parts, out, factor, labels, channels, bias)
+    parts = skinny(x, weight, weight_scales) if len(x) <= DECODE else torch.mm(x, weight.T)[None]
+    _expand(parts, out, factor, factor_scales, labels, channels, bias)
 
 
 def _input_shared(
     x: Tensor,
     weight: Tensor,
     factor: Tensor,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
     labels: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    rank, clusters = len(factor), weight.shape[1] - len(factor)
-    reduced = torch.empty((len(x), weight.shape[1]), dtype=x.dtype, device=x.device)  # [s, x Vᵀ]
+    rank, clusters = len(factor), width_of(weight) - len(factor)
+    reduced = torch.empty((len(x), clusters + rank), dtype=x.dtype, device=x.device)  # [s, x Vᵀ]
     if len(x) <= DECODE:
-        _expand(skinny(x, factor, labels, channels, clusters), reduced)
-        _expand(skinny(reduced, weight), out, bias=bias)
+        _expand(skinny(x, factor, factor_scales, labels, channels, clusters), reduced)
+        _expand(skinny(reduced, weight, weight_scales), out, bias=bias)
         return
     if labels is not None:
         _sum_by_label(x, labels, reduced[:, :clusters])

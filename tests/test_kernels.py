@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
+from pycompress.storage import GROUP, RANGE, pack, scales_shape
+
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,10 +65,24 @@ def packed(shape, share, dtype, bias, pivoted=False, index=torch.int16):
     labels = torch.randint(0, k, (count,), generator=generator).to(DEVICE, index) if k else None
     channels = torch.randperm(count, generator=generator).to(DEVICE, index) if pivoted else None
     weight, factor = draw(*stacked, seed=2, dtype=dtype), draw(*other, seed=3, dtype=dtype)
-    return weight, factor, labels, channels, draw(outputs, seed=4, dtype=dtype) if bias else None
+    return weight, factor, labels, channels, draw(outputs, seed=4, dtype=dtype) if bias else None, None, None
 
 
-def in_torch(x, weight, factor, labels, channels, bias, share):
+def stored(layer, storage):
+    """The layer with random codes for numbers, and the same layer in float64."""
+    coded, exact = list(layer), wide(layer)
+    for at, scales_at in ((0, 5), (1, 6)):
+        low, high = RANGE[storage]
+        rows, n = layer[at].shape
+        codes = torch.randint(low, high + 1, (rows, n), generator=torch.Generator().manual_seed(at), dtype=torch.int8)
+        scales = (0.5 + torch.rand(scales_shape(rows, n, storage), generator=torch.Generator().manual_seed(at + 2))) / high
+        coded[at], coded[scales_at] = pack(codes, storage).to(DEVICE), scales.to(layer[at]).reshape(scales.shape)
+        each = coded[scales_at].double().repeat_interleave(n if storage == "int8" else GROUP, dim=1)[:, :n]
+        exact[at] = codes.to(DEVICE).double() * each
+    return coded, exact
+
+
+def in_torch(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share):
     """The layer in plain torch, in the dtype of its inputs, with the pivots' identity written out."""
     along = 0 if share == "output" else 1
     rank = factor.shape[1 - along]
@@ -105,6 +121,40 @@ def test_shared_linear_errs_at_most_twice_as_much_as_torch(tokens, share, pivote
         # Products in three TF32 parts keep 21 of float32's 24 bits.
         floor = 1e-6 if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
         assert relative_error(y, exact) <= 2 * relative_error(in_torch(x, *layer, share), exact) + floor, shape
+
+
+# int4 packs along a side of a multiple of 32 numbers: round, a last half group, no clusters, an odd other side.
+CODED = [(128, 256, 64, 64), (63, 160, 0, 96), (45, 192, 32, 32)]
+CODED_PIVOTED = {"output": [(128, 256, 64, 64), (77, 160, 9, 32)], "input": [(63, 192, 64, 32), (40, 257, 63, 33)]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_shared_linear_of_codes_errs_at_most_twice_as_much_as_torch(tokens, share, pivoted, storage, dtype):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    for shape in CODED_PIVOTED[share] if pivoted else CODED:
+        x = draw(tokens, shape[1], dtype=dtype)
+        coded, numbers = stored(packed(shape, share, dtype, True, pivoted), storage)
+        y = shared_linear_cuda(x, *coded, share == "input")
+        assert y.dtype == dtype
+        exact = in_torch(x.double(), *numbers, share)
+        by_torch = in_torch(x, *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in numbers), share)
+        floor = 1e-6 if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
+        assert relative_error(y, exact) <= 2 * relative_error(by_torch, exact) + floor, shape
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_shared_linear_of_codes_in_float64_is_exact(share, storage):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    coded, numbers = stored(packed(CODED[0], share, torch.float64, True), storage)
+    x = draw(3, CODED[0][1], dtype=torch.float64)
+    assert relative_error(shared_linear_cuda(x, *coded, share == "input"), in_torch(x, *numbers, share)) < 1e-14
 
 
 @pytest.mark.parametrize("share", ["output", "input"])
