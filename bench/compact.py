@@ -16,11 +16,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def compact(raw: dict[str, Any]) -> dict[str, Any]:
-    """One entry a group: each contestant's median in milliseconds, its rates and its time over ours."""
+    """One entry a group: each contestant's median in milliseconds, its rates, its share of what the machine can do and
+    its time over ours.
+    """
     machine = raw["machine_info"]
     groups: dict[str, dict[str, Any]] = {}
     for benchmark in raw["benchmarks"]:
-        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["who"]] = _entry(benchmark)
+        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["who"]] = _entry(benchmark, machine["limits"])
     for contestants in groups.values():
         ours = contestants.get("pycompress")
         for entry in contestants.values():
@@ -31,6 +33,7 @@ def compact(raw: dict[str, Any]) -> dict[str, Any]:
         "cpu": cpu_of(raw),
         "threads": machine["threads"],
         "isa": machine["isa"],
+        "limits": machine["limits"],
         "versions": machine["versions"] | {"python": machine["python_version"]},
         "commit": raw["commit_info"].get("id"),
         "dirty": raw["commit_info"].get("dirty"),
@@ -38,14 +41,22 @@ def compact(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _entry(benchmark: dict[str, Any]) -> dict[str, Any]:
+def _entry(benchmark: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     facts = {key: value for key, value in benchmark["extra_info"].items() if key != "who"}
     seconds = benchmark["stats"]["median"]
     entry: dict[str, Any] = {"median_ms": round(1e3 * seconds, 4), "rounds": benchmark["stats"]["rounds"]}
+    least = {}
     if "flops" in facts:
         entry["gflops_per_s"] = round(facts["flops"] / seconds / 1e9, 2)
+        # A 16-bit product may also be taken in float32.
+        peak = max(limits["gflops_per_s"][dtype] for dtype in {"fp32", facts.get("dtype", "fp32")})
+        least["compute"] = facts["flops"] / 1e9 / peak
     if "bytes" in facts:
         entry["gb_per_s"] = round(facts["bytes"] / seconds / 1e9, 3)
+        least["memory"] = facts["bytes"] / 1e9 / limits["read_gb_per_s"]
+    if least:
+        entry["bound"] = max(least, key=lambda bound: least[bound])
+        entry["share_of_limit"] = round(least[entry["bound"]] / seconds, 3)
     return entry | facts
 
 
