@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Speed:
     Tokens a second count all sequences. `first_token_s` is the time from the prompt to the first token on the host.
     `peak_bytes` is what the device holds at most, weights included: on a CPU the resident set of the whole process.
     `cuda_graph` is false on a CPU, and on a GPU where the model's forward cannot be captured; `why_no_graph` then
-    says why.
+    says why. `compiled`: decode steps went through `torch.compile`.
     """
 
     prefill_tokens_per_s: float
@@ -42,9 +43,11 @@ class Speed:
     threads: int
     cuda_graph: bool
     why_no_graph: str | None = None
+    compiled: bool = False
 
     def __str__(self) -> str:
         graph = "CUDA graphs" if self.cuda_graph else f"no CUDA graph ({self.why_no_graph})"
+        graph = f"compiled, {graph}" if self.compiled else graph
         return (
             f"prefill {self.prefill_tokens_per_s:.1f} tokens/s, decode {self.decode_tokens_per_s:.2f} tokens/s, "
             f"first token {1e3 * self.first_token_s:.1f} ms, peak memory {self.peak_bytes / 2**20:.0f} MiB\n"
@@ -54,18 +57,29 @@ class Speed:
 
 
 def measure_speed(
-    model: PreTrainedModel, batch: int = 1, prompt: int = 128, new_tokens: int = 32, repeats: int = 5
+    model: PreTrainedModel,
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    compile: bool = False,
 ) -> Speed:
     """Speed of one model on the device it is on: static cache, warmed up, greedy, CUDA graphs on a GPU.
 
-    `prompt` random ids a sequence, then `new_tokens` decode steps. Raises `ValueError` for a number below 1 and for
-    more positions than the model has.
+    `prompt` random ids a sequence, then `new_tokens` decode steps. `compile` puts the decode step through
+    `torch.compile` as one graph, which takes up to minutes and fuses what lies between the linear layers. Raises
+    `ValueError` for a number below 1 and for more positions than the model has, and what `torch.compile` raises.
     """
-    return compare_speed({"model": model}, batch, prompt, new_tokens, repeats)["model"]
+    return compare_speed({"model": model}, batch, prompt, new_tokens, repeats, compile)["model"]
 
 
 def compare_speed(
-    models: Mapping[str, PreTrainedModel], batch: int = 1, prompt: int = 128, new_tokens: int = 32, repeats: int = 5
+    models: Mapping[str, PreTrainedModel],
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    compile: bool = False,
 ) -> dict[str, Speed]:
     """Speed of several models, run in turns (A B A B), so that a machine that slows down slows all of them.
 
@@ -81,7 +95,7 @@ def compare_speed(
         for model in models.values():
             stack.enter_context(evaluation(model))
         stack.enter_context(torch.inference_mode())
-        runs = {name: Generation(model, batch, prompt, new_tokens) for name, model in models.items()}
+        runs = {name: Generation(model, batch, prompt, new_tokens, compile) for name, model in models.items()}
         for _ in range(repeats):
             for run in runs.values():
                 run.once()
@@ -91,8 +105,10 @@ def compare_speed(
 class Generation:
     """One model's greedy generation on static buffers; `once` runs it and keeps the times."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, prompt: int, new_tokens: int) -> None:
-        self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
+    def __init__(self, model: PreTrainedModel, batch: int, prompt: int, new_tokens: int, compile: bool = False) -> None:
+        self.model, self.prompt, self.new_tokens, self.compiled = model, prompt, new_tokens, compile
+        # Prefill stays as it is: its time is in products, and the cache allocates its buffers in the first one.
+        self.stepping = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
         weight = embedding(model)
         self.device, self.dtype = weight.device, weight.dtype
         # Full-length layers for sliding attention too: their masks do the sliding, so that every step has one shape.
@@ -139,19 +155,20 @@ class Generation:
             threads=torch.get_num_threads(),
             cuda_graph=self.why_no_graph is None,
             why_no_graph=self.why_no_graph,
+            compiled=self.compiled,
         )
 
     def _prefill(self) -> None:
         positions = torch.arange(self.prompt, device=self.device)
-        self._forward(self.ids, positions)
+        self._forward(self.model, self.ids, positions)
         self.position.fill_(self.prompt)
 
     def _decode(self) -> None:
-        self._forward(self.token, self.position)
+        self._forward(self.stepping, self.token, self.position)
         self.position.add_(1)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> None:
-        logits = self.model(
+    def _forward(self, model: Callable[..., Any], ids: Tensor, positions: Tensor) -> None:
+        logits = model(
             input_ids=ids,
             position_ids=positions.expand(len(ids), -1),
             attention_mask=_rows(self.masks, positions),
