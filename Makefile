@@ -46,7 +46,8 @@ ifeq ($(NVCC),)
 else
 	mkdir -p build/cuda
 	for source in $(wildcard csrc/cuda/*.cu); do \
-	  $(NVCC) -std=c++17 -O3 -Icsrc -Icsrc/cuda -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+	  $(NVCC) -std=c++17 -O3 --threads=0 --Werror=all-warnings -Xcompiler=-Wall,-Wextra -Icsrc -Icsrc/cuda \
+	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
 	    --compile $$source --output-file build/cuda/$$(basename $$source .cu).o || exit 1; \
 	done
 endif

@@ -1,25 +1,35 @@
 """Times the kernels on a GPU beside cuBLAS and torch; `python bench/gpu_benchmarks.py <file>` writes a JSON list.
 
-Weights rotate through sets that together exceed the second-level cache, and short calls are timed inside CUDA graphs.
-Each figure stands beside the error of what was timed, against float64.
+Weights rotate through sets that together exceed the second-level cache, and short calls are timed inside CUDA graphs,
+contestants in turn. Each figure stands beside the error of what was timed, against float64. Every part has a process and
+a time limit of its own, so that one which fails leaves the others' figures. Where the folder $GPU_WHEELS holds a wheel of
+flash-kmeans, it is timed too.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pycompress.kernels.shared_linear import shared_linear_cuda
 from torch import Tensor
 from torch.nn.functional import linear, one_hot
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pycompress import _ext
-from pycompress.ops import gram, lowrank, shared_linear
-from pycompress.ops.lloyd import kmeans_plus_plus, lloyd, lloyd_points
+from pycompress import _ext, storage
+from pycompress.layers import SharedLinear
+from pycompress.measure.speed import compare_speed
+from pycompress.ops import gram, lowrank
+from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
 from pycompress.ops.shared_linear import shared_linear_cuda_native
 
 N, K, RANK = 4096, 11008, 64
@@ -39,31 +49,36 @@ def sets_needed(nbytes: int) -> int:
     return max(2, min(64, 3 * cache // nbytes + 1))
 
 
-def in_a_graph(calls: list[Call], replays: int = 20) -> float:
-    """Median microseconds a call, all of them captured one after the other."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return median_us(graph.replay, replays) / len(calls)
+def in_graphs(contestants: Mapping[str, list[Call]], rounds: int = 9) -> dict[str, float]:
+    """Median microseconds a call of each contestant, whose calls are captured one after the other, by turns."""
+    graphs = {}
+    for who, calls in contestants.items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            calls[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        graphs[who] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[who]):
+            for call in calls:
+                call()
+    times: dict[str, list[float]] = {who: [] for who in graphs}
+    for _ in range(rounds):
+        for who, graph in graphs.items():
+            times[who].append(median_us(graph.replay, 1) / len(contestants[who]))
+    return {who: statistics.median(measured) for who, measured in times.items()}
 
 
 def median_us(call: Call, rounds: int = 5) -> float:
-    """Median microseconds of one call by CUDA events, after two to warm up."""
+    """Median microseconds of one call by CUDA events, after one to warm up."""
     times = []
-    for round_ in range(rounds + 2):
+    for round_ in range(rounds + 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         stop.record()
         stop.synchronize()
-        if round_ >= 2:
+        if round_ >= 1:
             times.append(1e3 * start.elapsed_time(stop))
     return statistics.median(times)
 
@@ -81,19 +96,31 @@ def figure(op: str, group: str, who: str, us: float, **facts: Any) -> Figure:
 # Shared linear ---------------------------------------------------------------------------------------------------
 
 
-def clusters_for(keep: float, share: str) -> int:
-    """Clusters that with a pivoted correction of rank RANK take `keep` of the dense bytes."""
-    length = K if share == "output" else N
-    return int((keep * N * K - RANK * (N + K - RANK)) // length)
+def clusters_for(keep: float, shape: tuple[int, int], share: str) -> int:
+    """Clusters that with a pivoted correction of rank RANK take at most `keep` of the dense bytes, in whole blocks."""
+    length = shape[1] if share == "output" else shape[0]
+    clusters = (keep * shape[0] * shape[1] - RANK * (sum(shape) - RANK)) / length
+    return max(int(clusters) // storage.BLOCK, 1) * storage.BLOCK
 
 
-def layer(keep: float, share: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, bf16 = clusters_for(keep, share), torch.bfloat16
+def layer(keep: float, share: str, kind: str) -> list[Tensor]:
+    """Weight, factor, labels, channels and, of codes, the scales of both."""
+    k = clusters_for(keep, (N, K), share)
     count = N if share == "output" else K
     indices = torch.randint(0, k, (count,), device="cuda").short(), torch.randperm(count, device="cuda").short()
-    if share == "output":
-        return random(k + RANK, K, dtype=bf16) / K**0.5, random(N - RANK, RANK, dtype=bf16), *indices
-    return random(N, k + RANK, dtype=bf16) / K**0.5, random(RANK, K - RANK, dtype=bf16), *indices
+    shapes = ((k + RANK, K), (N - RANK, RANK)) if share == "output" else ((N, k + RANK), (RANK, K - RANK))
+    weight, factor = (numbers(shape, kind, scale) for shape, scale in zip(shapes, (K**-0.5, 1.0), strict=True))
+    return [weight[0], factor[0], *indices, *weight[1:], *factor[1:]]
+
+
+def numbers(shape: tuple[int, int], kind: str, scale: float) -> list[Tensor]:
+    """A random matrix in bfloat16, or as codes and their scales."""
+    if kind == "float":
+        return [scale * random(*shape, dtype=torch.bfloat16)]
+    low, high = storage.RANGE[kind]
+    codes = torch.randint(low, high + 1, shape, device="cuda", dtype=torch.int8)
+    scales = torch.rand(storage.scales_shape(*shape, kind), device="cuda") + 0.5
+    return [storage.pack(codes, kind), (scale / high * scales).bfloat16()]
 
 
 def whole(factor: Tensor, channels: Tensor, share: str) -> Tensor:
@@ -103,8 +130,12 @@ def whole(factor: Tensor, channels: Tensor, share: str) -> Tensor:
     return torch.cat([identity, factor], dim=along).index_select(along, channels.long().argsort())
 
 
-def restored(weight: Tensor, factor: Tensor, labels: Tensor, channels: Tensor, share: str) -> Tensor:
-    weight, factor = weight.double(), whole(factor.double(), channels, share)
+def restored(stored: list[Tensor], share: str) -> Tensor:
+    weight, factor, labels, channels, *scales = stored
+    weight, factor = (
+        storage.widen(t, s).double() for t, s in zip((weight, factor), scales or (None, None), strict=True)
+    )
+    factor = whole(factor, channels, share)
     if share == "output":
         return weight[:-RANK][labels.long()] + factor @ weight[-RANK:]
     return weight[:, :-RANK][:, labels.long()] + weight[:, -RANK:] @ factor
@@ -119,34 +150,115 @@ def plain(x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor, share: str)
     return linear(torch.cat([sums.to(x.dtype), linear(x, factor)], dim=1), weight)
 
 
-def shared_linear_figures() -> Iterator[Figure]:
-    bf16 = torch.bfloat16
-    dense = [random(N, K, dtype=bf16) for _ in range(sets_needed(2 * N * K))]
-    inputs = {tokens: random(tokens, K, dtype=bf16) for tokens in TOKENS}
-    cublas = {}
-    for tokens, x in inputs.items():
-        cublas[tokens] = in_a_graph([lambda w=w, x=x: linear(x, w) for w in dense])
-        yield figure("shared_linear", f"{tokens} tokens", "cuBLAS dense bf16", cublas[tokens], bytes=2 * N * K)
-    del dense
-    for share in ("output", "input"):
-        for keep in KEEPS:
-            first = layer(keep, share)
+def given(x: Tensor, stored: list[Tensor], share: str) -> tuple[Any, ...]:
+    """Arguments of either kernel."""
+    return x, *stored[:4], None, *(stored[4:] or (None, None)), share == "input"
+
+
+def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...]) -> Iterator[Figure]:
+    dense = [random(N, K, dtype=torch.bfloat16) for _ in range(sets_needed(2 * N * K))]
+    for keep in keeps:
+        for share in ("output", "input"):
+            first = layer(keep, share, kind)
             nbytes = sum(t.nbytes for t in first)
-            layers = [first, *(layer(keep, share) for _ in range(sets_needed(nbytes) - 1))]
-            wholes = [(weight, whole(factor, channels, share), labels) for weight, factor, labels, channels in layers]
-            exact = restored(*first, share)
-            for tokens, x in inputs.items():
-                runs = {"pycompress": (lambda x, *w: shared_linear(x, *w, share=share), layers)}  # noqa: B023
-                runs["torch operations"] = (lambda x, *w: plain(x, *w, share), wholes)  # noqa: B023
-                if tokens <= 16 and isinstance(_ext.build_info()["cuda"], list):
-                    native = lambda x, *w: shared_linear_cuda_native(x, *w, None, share == "input")  # noqa: B023, E731
-                    runs["native CUDA"] = (native, layers)
-                for who, (call, stored) in runs.items():
-                    error = relative_error(call(x, *stored[0]), linear(x.double(), exact))
-                    us = in_a_graph([lambda w=w, x=x, call=call: call(x, *w) for w in stored])
-                    facts = {"keep": keep, "share": share, "bytes": nbytes, "error": error}
-                    facts["speedup_over_cublas"] = round(cublas[tokens] / us, 3)
-                    yield figure("shared_linear", f"{tokens} tokens", who, us, **facts)
+            layers = [first, *(layer(keep, share, kind) for _ in range(sets_needed(nbytes) - 1))]
+            exact = restored(first, share)
+            for tokens in tokens_of:
+                x = random(tokens, K, dtype=torch.bfloat16)
+                runs = {"Triton": [lambda s=s: shared_linear_cuda(*given(x, s, share)) for s in layers]}  # noqa: B023
+                if tokens <= 64 and isinstance(_ext.build_info()["cuda"], list):
+                    runs["CUDA"] = [lambda s=s: shared_linear_cuda_native(*given(x, s, share)) for s in layers]  # noqa: B023
+                if kind == "float":
+                    wholes = [(s[0], whole(s[1], s[3], share), s[2]) for s in layers]
+                    runs["torch operations"] = [lambda s=s: plain(x, *s, share) for s in wholes]  # noqa: B023
+                expected = linear(x.double(), exact)
+                errors = {who: relative_error(calls[0](), expected) for who, calls in runs.items()}
+                runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in dense]  # noqa: B023
+                us = in_graphs(runs)
+                cublas = us["cuBLAS dense bf16"]
+                facts = {"keep": keep, "share": share, "storage": kind, "bytes": nbytes}
+                for who, each in us.items():
+                    more = {"error": errors[who]} if who in errors else {}
+                    ratio = round(cublas / each, 3)
+                    yield figure("shared_linear", f"{tokens} tokens", who, each, **facts, **more, over_cublas=ratio)
+                if "CUDA" in us:
+                    faster = min(("Triton", "CUDA"), key=us.__getitem__)
+                    print(f"faster at {tokens} tokens, keep {keep}, {share}, {kind}: {faster}", flush=True)
+
+
+def shared_linear_figures() -> Iterator[Figure]:
+    yield from layer_figures("float", KEEPS, TOKENS)
+
+
+def codes_figures() -> Iterator[Figure]:
+    for kind in ("int8", "int4"):
+        yield from layer_figures(kind, KEEPS[::2], TOKENS)
+
+
+# A whole model ---------------------------------------------------------------------------------------------------
+
+
+def random_layer(dense: torch.nn.Linear, keep: float) -> SharedLinear:
+    shape = (dense.out_features, dense.in_features)
+    clusters = clusters_for(keep, shape, "output")
+    made = SharedLinear(
+        shape, "output", clusters, RANK, True, "float", False, dtype=dense.weight.dtype, device=dense.weight.device
+    )
+    with torch.no_grad():
+        made.weight.normal_(std=shape[1] ** -0.5)
+        made.factor.normal_(std=0.1)
+    made.labels.copy_(torch.randint(0, clusters, (shape[0],)))
+    made.channels.copy_(torch.randperm(shape[0]))
+    return made
+
+
+def llama(keep: float | None) -> PreTrainedModel:
+    """A Llama-2-7B of random weights, its blocks' linears compressed to `keep`."""
+    config = LlamaConfig(max_position_embeddings=4096)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if keep is not None:
+        for block in model.model.layers:
+            for part in (block.self_attn, block.mlp):
+                for name, child in list(part.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(part, name, random_layer(child, keep))
+    return model
+
+
+def model_figures() -> Iterator[Figure]:
+    models = {"dense": llama(None), **{f"keep {keep}": llama(keep) for keep in KEEPS}}
+    for batch, prompt in ((1, 2048), (16, 128)):
+        speeds = compare_speed(models, batch, prompt, new_tokens=32, repeats=3)
+        for who, speed in speeds.items():
+            facts = {
+                "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
+                "decode_tokens_per_s": round(speed.decode_tokens_per_s, 2),
+                "decode_over_dense": round(speed.decode_tokens_per_s / speeds["dense"].decode_tokens_per_s, 3),
+                "prefill_over_dense": round(speed.prefill_tokens_per_s / speeds["dense"].prefill_tokens_per_s, 3),
+                "cuda_graph": speed.cuda_graph,
+            }
+            step = 1e6 * batch / speed.decode_tokens_per_s
+            yield figure("Llama-2-7B shape", f"batch {batch}, prompt {prompt}, one decode step", who, step, **facts)
+
+
+def compression_figures() -> Iterator[Figure]:
+    """Clusters and correction of every linear of a Llama-7B shape from given Gram matrices of inputs, by shape."""
+    batch, total = 8, 0.0
+    for shape, count in (((4096, 4096), 128), ((11008, 4096), 64), ((4096, 11008), 32)):
+        w, x = random(batch, *shape), random(shape[1], 2 * shape[1])
+        h = x @ x.T
+        k = clusters_for(0.2, shape, "output")
+
+        def compress(w: Tensor = w, h: Tensor = h, k: int = k) -> None:
+            g = gram(w, h)
+            labels, _ = kmeans(gram=g, clusters=k)
+            lowrank(g, RANK, labels, k)
+
+        us = median_us(compress, 1)
+        total += us * count / batch
+        yield figure("compression", f"{batch} matrices {shape[0]}x{shape[1]}, {k} clusters", "pycompress", us)
+    yield figure("compression", "all 224 linears of a Llama-7B shape, from batches of 8 a shape", "pycompress", total)
 
 
 # Gram, K-means, low rank -----------------------------------------------------------------------------------------
@@ -179,9 +291,25 @@ def inertia_of(x: Tensor, labels: Tensor, k: int) -> float:
     return float((x.double() - means[labels]).square().sum())
 
 
+def flash_kmeans(folder: str) -> Any:
+    """flash-kmeans from a wheel in `folder`, or None, with a line that says so."""
+    wheels = sorted(Path(folder).glob("flash_kmeans-*.whl")) if folder else []
+    if not wheels:
+        print("flash-kmeans is left out: $GPU_WHEELS names no folder with its wheel", flush=True)
+        return None
+    target = tempfile.mkdtemp()
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        wheel.extractall(target)
+    sys.path.append(target)
+    from flash_kmeans import batch_kmeans_Euclid
+
+    return batch_kmeans_Euclid
+
+
 def lloyd_figures() -> Iterator[Figure]:
     k, iterations = 512, 10
-    for n, d in ((4096, 4096), (11008, 4096), (65536, 128)):
+    flash = flash_kmeans(os.environ.get("GPU_WHEELS", ""))
+    for n, d in ((4096, 4096), (65536, 128), (11008, 4096)):
         x = random(n, d)
         seeds = torch.randperm(n, device="cuda")[:k]
         group = f"{n}x{d}, {k} clusters, {iterations} iterations"
@@ -190,42 +318,102 @@ def lloyd_figures() -> Iterator[Figure]:
         if n <= 11008:
             g = gram(x)[None]
             runs["pycompress on Gram"] = lambda: lloyd(g, seeds[None], iterations)[0][0]  # noqa: B023
+            eight = g.expand(8, -1, -1).contiguous() if n == d else None
             uniforms = torch.rand(1, k, 8, device="cuda")
             us = median_us(lambda: kmeans_plus_plus(g, uniforms), 3)  # noqa: B023
             yield figure("lloyd", f"seeding, {n} points, {k} clusters, 8 trials", "pycompress", us)
+            if eight is not None:
+                us = median_us(lambda: lloyd(eight, seeds.expand(8, -1), iterations), 3) / 8  # noqa: B023
+                yield figure("lloyd", group, "pycompress on Gram, each of 8 in a batch", us)
+        for dtype in (torch.float32, torch.bfloat16) if flash else ():
+            start = x[seeds][None].to(dtype)
+            runs[f"flash-kmeans {dtype}"] = lambda start=start: flash(
+                x[None].to(start.dtype),  # noqa: B023
+                n_clusters=k,
+                max_iters=iterations,
+                tol=0.0,
+                init_centroids=start,
+            )[0][0].long()
         for who, call in runs.items():
-            yield figure("lloyd", group, who, median_us(call, 3), inertia=inertia_of(x, call(), k))
+            try:
+                yield figure("lloyd", group, who, median_us(call, 3), inertia=inertia_of(x, call(), k))
+            except Exception as error:
+                if "flash" not in who:
+                    raise
+                print(f"{who} failed on {group}: {error}", flush=True)
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            us = median_us(lambda: nearest_by_product(x, x[seeds]))  # noqa: B023
+            yield figure("lloyd", f"{n}x{d}, {k} clusters, assignment alone", f"torch GEMM + argmin, {precision}", us)
+        torch.set_float32_matmul_precision("highest")
+
+
+def nearest_by_product(x: Tensor, centroids: Tensor) -> Tensor:
+    return torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2).argmin(1)
 
 
 def lowrank_figures() -> Iterator[Figure]:
     rank, clusters = 128, 512
-    w = random(N, N) * torch.arange(1, N + 1, device="cuda") ** -0.5
+    w = random(N, K) * torch.arange(1, K + 1, device="cuda") ** -0.5
     g = gram(w)
     labels = torch.randint(0, clusters, (N,), device="cuda")
-    exact = float(torch.linalg.svdvals(w)[rank:].double().square().sum())
+    exact = float(torch.linalg.svdvals(g.double())[rank:].sum())
     runs: dict[str, Call] = {
-        "pycompress": lambda: lowrank(g, rank)[0],
-        "pycompress, centred": lambda: lowrank(g, rank, labels, clusters)[0],
-        "torch svd_lowrank": lambda: torch.svd_lowrank(w, q=rank + 8, niter=4)[0][:, :rank],
-        "torch eigh": lambda: torch.linalg.eigh(g)[1][:, -rank:],
+        "pycompress, Gram and eigenpairs": lambda: lowrank(gram(w), rank)[0],
+        "pycompress, from the Gram": lambda: lowrank(g, rank)[0],
+        "pycompress, from the Gram, centred": lambda: lowrank(g, rank, labels, clusters)[0],
+        "torch svd_lowrank, 2 iterations": lambda: torch.svd_lowrank(w, q=rank + 8, niter=2)[0][:, :rank],
+        "torch svd_lowrank, 4 iterations": lambda: torch.svd_lowrank(w, q=rank + 8, niter=4)[0][:, :rank],
+        "torch eigh of the Gram": lambda: torch.linalg.eigh(g)[1][:, -rank:],
     }
     for who, call in runs.items():
         u = call().double()
         error = float((w.double() - u @ (u.T @ w.double())).square().sum())
         facts = {} if "centred" in who else {"error_over_svd_tail": error / exact}
-        yield figure("lowrank", f"rank {rank} of {N}x{N}", who, median_us(call, 3), **facts)
+        yield figure("lowrank", f"rank {rank} of {N}x{K}", who, median_us(call, 3), **facts)
 
 
-def main() -> None:
+# Most important first: seconds each may take.
+PARTS: dict[str, tuple[Callable[[], Iterator[Figure]], float]] = {
+    "shared_linear": (shared_linear_figures, 70),
+    "model": (model_figures, 60),
+    "codes": (codes_figures, 50),
+    "lloyd": (lloyd_figures, 40),
+    "lowrank": (lowrank_figures, 20),
+    "compression": (compression_figures, 40),
+    "gram": (gram_figures, 15),
+}
+
+
+def run_part(name: str, target: Path) -> None:
     torch.manual_seed(0)
-    target = Path(sys.argv[1])
-    figures: list[Figure] = []
-    for part in (shared_linear_figures, gram_figures, lloyd_figures, lowrank_figures):
-        for entry in part():
-            figures.append(entry)
-            # What was measured stays measured, whatever happens to the rest.
-            target.write_text(json.dumps(figures))
+    for entry in PARTS[name][0]():
+        figures = [*(json.loads(target.read_text()) if target.exists() else []), entry]
+        # What was measured stays measured, whatever happens to the rest.
+        fresh = target.with_suffix(".new")
+        fresh.write_text(json.dumps(figures))
+        fresh.replace(target)
+
+
+def main() -> int:
+    target, wanted = Path(sys.argv[1]), sys.argv[2:] or list(PARTS)
+    failed = []
+    # Forked before CUDA is touched, so that each has its own context and none imports torch again.
+    fork = multiprocessing.get_context("fork")
+    for name in wanted:
+        process = fork.Process(target=run_part, args=(name, target))
+        process.start()
+        process.join(PARTS[name][1])
+        if process.is_alive():
+            process.kill()
+            process.join()
+            print(f"FAILED {name}: stopped after {PARTS[name][1]} s", flush=True)
+        elif process.exitcode:
+            print(f"FAILED {name}: exit code {process.exitcode}, see above", flush=True)
+        if process.exitcode:
+            failed.append(name)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

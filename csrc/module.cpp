@@ -88,12 +88,30 @@ void subnet_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
 
 #ifdef PYCOMPRESS_CUDA
 void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
-                        std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t reduced, std::uintptr_t y,
-                        int tokens, int inputs, int outputs, int k, int r, int dtype, bool wide_indices,
-                        bool share_input, std::uintptr_t stream) {
-  const char *error = cuda::shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels),
-                                           at<void>(channels), at<void>(bias), at<float>(reduced), at<void>(y), tokens,
-                                           inputs, outputs, k, r, dtype, wide_indices, share_input, at<void>(stream)});
+                        std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t weight_scales,
+                        std::uintptr_t factor_scales, std::uintptr_t parts, std::uintptr_t y, int tokens, int inputs,
+                        int outputs, int k, int r, int dtype, int storage, bool wide_indices, bool share_input,
+                        std::uintptr_t stream) {
+  const char *error = cuda::shared_linear({at<void>(x),
+                                           at<void>(weight),
+                                           at<void>(factor),
+                                           at<void>(labels),
+                                           at<void>(channels),
+                                           at<void>(bias),
+                                           at<void>(weight_scales),
+                                           at<void>(factor_scales),
+                                           at<void>(parts),
+                                           at<void>(y),
+                                           tokens,
+                                           inputs,
+                                           outputs,
+                                           k,
+                                           r,
+                                           dtype,
+                                           storage,
+                                           wide_indices,
+                                           share_input,
+                                           at<void>(stream)});
   if (error) throw std::runtime_error(std::string("shared_linear on CUDA failed to launch: ") + error);
 }
 #endif
@@ -121,5 +139,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("subnet_linear", subnet_linear, unlocked);
 #ifdef PYCOMPRESS_CUDA
   m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
+  m.def("shared_linear_cuda_parts", cuda::parts_needed);
 #endif
 }

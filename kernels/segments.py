@@ -13,15 +13,46 @@ from torch import Tensor
 BLOCK_J = 16
 
 
+@triton.jit
+def _group_kernel(
+    labels_ptr,  # [B, n]
+    order_ptr,  # [B, n]
+    offsets_ptr,  # [B, k + 1]
+    n,
+    k,
+    BLOCK_N: tl.constexpr,
+):
+    """One group: count the labels before it, then write its members behind theirs, by index."""
+    group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    labels_ptr += batch * n
+    order_ptr += batch * n
+    end = tl.full((), 0, tl.int32)
+    for first in range(0, n, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        labels = tl.load(labels_ptr + offs_n, mask=offs_n < n, other=k)
+        end += tl.sum((labels < group).to(tl.int32), axis=0)
+    tl.store(offsets_ptr + batch * (k + 1) + group, end)
+    for first in range(0, n, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        own = tl.load(labels_ptr + offs_n, mask=offs_n < n, other=k) == group
+        rank = tl.cumsum(own.to(tl.int32), axis=0)
+        tl.store(order_ptr + end + rank - 1, offs_n, mask=own)
+        end += tl.sum(own.to(tl.int32), axis=0)
+    if group == k - 1:
+        tl.store(offsets_ptr + batch * (k + 1) + k, end)
+
+
 def group_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Row indices sorted by label, ties by index, and where each label starts.
 
     `labels [B, n]` below `clusters`. Gives `order [B, n]` and `offsets [B, clusters + 1]`, int32.
     """
-    ordered, order = torch.sort(labels.int(), dim=-1, stable=True)
-    bounds = torch.arange(clusters + 1, dtype=torch.int32, device=labels.device)
-    offsets = torch.searchsorted(ordered, bounds.expand(len(labels), -1).contiguous(), out_int32=True)
-    return order.int(), offsets
+    batch, n = labels.shape
+    order = torch.empty((batch, n), dtype=torch.int32, device=labels.device)
+    offsets = torch.empty((batch, clusters + 1), dtype=torch.int32, device=labels.device)
+    block = min(2048, triton.next_power_of_2(n))
+    _group_kernel[(clusters, batch)](labels.contiguous(), order, offsets, n, clusters, BLOCK_N=block)
+    return order, offsets
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from pycompress.kernels.codes import columns_of, halves_of, load_codes, storage_of, values_of, width_of, widened
+from pycompress.kernels.codes import columns_of, halves_of, load_codes, storage_of, values_of, widened, width_of
 from pycompress.kernels.segments import group_by_label
 from pycompress.kernels.skinny import dependent, precision, skinny
 from torch import Tensor

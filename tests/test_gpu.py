@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from pycompress.storage import RANGE, pack, scales_shape, widen
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: run `make gpu` where there is one"),
@@ -27,8 +29,11 @@ def draw(*size, seed=0, dtype=torch.float32):
     return torch.randn(size, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
 
 
-def packed(share, dtype, sizes=(1000, 2064, 150, 63), pivoted=False, index=torch.int16):
-    """A layer of trained-like scale: weight, factor, labels, channels, bias."""
+SIZES = {"float": (1000, 2064, 150, 63), "int8": (1000, 2064, 150, 63), "int4": (1000, 2080, 160, 64)}
+
+
+def packed(share, dtype, sizes=SIZES["float"], pivoted=False, index=torch.int16, storage="float"):
+    """A layer of trained-like scale: weight, factor, labels, channels, bias and the scales."""
     outputs, inputs, k, r = sizes
     count = outputs if share == "output" else inputs
     stored = count - r if pivoted else count
@@ -36,13 +41,29 @@ def packed(share, dtype, sizes=(1000, 2064, 150, 63), pivoted=False, index=torch
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, k, (count,), generator=generator).to("cuda", index)
     channels = torch.randperm(count, generator=generator).to("cuda", index) if pivoted else None
+    bias = draw(outputs, seed=4, dtype=dtype)
+    if storage != "float":
+        (weight, scales), (factor, others) = coded(stacked, storage, dtype, inputs**-0.5), coded(other, storage, dtype)
+        return weight, factor, labels, channels, bias, scales, others
     weight = draw(*stacked, seed=2, dtype=dtype) / inputs**0.5
-    return weight, draw(*other, seed=3, dtype=dtype), labels, channels, draw(outputs, seed=4, dtype=dtype)
+    return weight, draw(*other, seed=3, dtype=dtype), labels, channels, bias, None, None
 
 
-def dense(weight, factor, labels, channels, share):
+def coded(shape, storage, dtype, scale=1.0):
+    """Random codes of a matrix, and their scales."""
+    low, high = RANGE[storage]
+    generator = torch.Generator().manual_seed(sum(shape))
+    codes = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+    scales = scale * (0.5 + torch.rand(scales_shape(*shape, storage), generator=generator)) / high
+    return pack(codes, storage).cuda(), scales.to("cuda", dtype)
+
+
+def dense(layer, share):
     """The matrix the layer stands for, in float64."""
+    weight, factor, labels, channels, _, weight_scales, factor_scales = layer
     along = 0 if share == "output" else 1
+    if weight_scales is not None:
+        weight, factor = widen(weight, weight_scales), widen(factor, factor_scales)
     rank = factor.shape[1 - along]
     weight, factor = weight.double(), factor.double()
     if channels is not None:
@@ -70,11 +91,29 @@ def test_shared_linear_is_as_precise_as_a_dense_layer_of_its_dtype(tokens, share
 
     layer = packed(share, dtype, pivoted=pivoted, index=index)
     x = draw(tokens, 2064, seed=5, dtype=dtype)
-    restored = dense(*layer[:4], share)
+    restored = dense(layer, share)
     exact = linear(x.double(), restored, layer[4].double())
     y = shared_linear(x, *layer, share=share)
     by_torch = relative_error(linear(x, restored.to(dtype), layer[4]), exact)
     assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("pivoted", [False, True])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("tokens", [1, 17, 1000])
+def test_shared_linear_of_codes_is_as_precise_as_a_dense_layer(tokens, share, pivoted, storage, dtype):
+    from pycompress.ops import shared_linear
+
+    layer = packed(share, dtype, SIZES[storage], pivoted, storage=storage)
+    x = draw(tokens, SIZES[storage][1], seed=5, dtype=dtype)
+    restored = dense(layer, share)
+    exact = linear(x.double(), restored, layer[4].double())
+    by_torch = relative_error(linear(x, restored.to(dtype), layer[4]), exact)
+    y = shared_linear(x, *layer, share=share)
+    # The numbers themselves are rounded to the dtype before they are multiplied.
+    assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 4)
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
@@ -100,10 +139,10 @@ def test_shared_linear_gives_the_same_bits_twice_and_from_a_cuda_graph(tokens, s
 def test_shared_linear_trains_on_the_gpu_as_the_dense_formula_does(share, pivoted):
     from pycompress.ops import shared_linear
 
-    weight, factor, labels, channels, bias = packed(share, torch.float32, (63, 100, 9, 5), pivoted)
+    weight, factor, labels, channels, bias, *scales = packed(share, torch.float32, (63, 100, 9, 5), pivoted)
     x = draw(7, 100, seed=6)
     leaves = [t.double().requires_grad_() for t in (x, weight, factor, bias)]
-    exact = linear(leaves[0], dense(leaves[1], leaves[2], labels, channels, share), leaves[3]).square().sum()
+    exact = linear(leaves[0], dense((*leaves[1:3], labels, channels, None, *scales), share), leaves[3]).square().sum()
     expected = torch.autograd.grad(exact, leaves)
     given = [t.clone().requires_grad_() for t in (x, weight, factor, bias)]
     loss = shared_linear(*given[:3], labels, channels, given[3], share=share).square().sum()
@@ -117,7 +156,7 @@ def test_shared_linear_follows_autocast_as_a_dense_layer_does(tokens, share):
     from pycompress.ops import shared_linear
 
     layer = packed(share, torch.float32, pivoted=True)
-    weight, x = dense(*layer[:4], share).float(), draw(tokens, 2064, seed=5)
+    weight, x = dense(layer, share).float(), draw(tokens, 2064, seed=5)
     ours, torchs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y, expected = shared_linear(ours, *layer, share=share), linear(torchs, weight, layer[4])
@@ -143,21 +182,76 @@ def test_the_kernels_in_use_are_triton():
     assert kernel_in_use(draw(1)) == "triton"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@FORMS
-@pytest.mark.parametrize("share", ["output", "input"])
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_the_native_cuda_kernel_agrees_with_float64(tokens, share, pivoted, index, dtype):
+@pytest.fixture
+def native():
+    """The CUDA kernel, where it was built."""
     from pycompress import _ext
     from pycompress.ops.shared_linear import shared_linear_cuda_native
 
     if not isinstance(_ext.build_info()["cuda"], list):
         pytest.skip(f"no CUDA kernel was built: {_ext.build_info()['cuda']}")
-    layer = packed(share, dtype, pivoted=pivoted, index=index)
-    x = draw(tokens, 2064, dtype=dtype)
-    y = shared_linear_cuda_native(x, *layer, share == "input")
-    exact = linear(x.double(), dense(*layer[:4], share), layer[4].double())
+    return shared_linear_cuda_native
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FORMS
+@pytest.mark.parametrize("storage", ["float", "int8", "int4"])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+def test_the_native_cuda_kernel_agrees_with_float64(tokens, share, storage, pivoted, index, dtype, native):
+    layer = packed(share, dtype, SIZES[storage], pivoted, index, storage)
+    x = draw(tokens, SIZES[storage][1], dtype=dtype)
+    y = native(x, *layer, share == "input")
+    exact = linear(x.double(), dense(layer, share), layer[4].double())
     assert relative_error(y, exact) < (1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sizes", [(63, 201, 9, 5), (100, 64, 0, 16), (64, 1000, 40, 0), (700, 1100, 3, 301)], ids=str)
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_the_native_cuda_kernel_takes_rows_that_start_anywhere(share, sizes, native):
+    outputs, inputs, k, r = sizes
+    layer = list(packed(share, torch.bfloat16, (outputs, inputs, max(k, 1), r)))
+    if not k:
+        layer[0] = layer[0][1:].contiguous() if share == "output" else layer[0][:, 1:].contiguous()
+        layer[2] = None
+    x = draw(3, inputs, dtype=torch.bfloat16)
+    numbers = [t.double() if t is not None and t.is_floating_point() else t for t in layer]
+    exact = importlib.import_module("pycompress.ops.shared_linear").shared_linear_ref(
+        x.double(), *numbers, share == "input"
+    )
+    assert relative_error(native(x, *layer, share == "input"), exact) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("kernel", ["triton", "native"])
+@pytest.mark.parametrize("storage", ["float", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_layers_that_start_early_wait_for_what_they_read(tokens, storage, kernel, native):
+    """A chain of layers, each launched while the one before it runs: the same bits as with a pause after each."""
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    call = native if kernel == "native" else shared_linear_cuda
+    sizes = {"float": (2080, 2080, 150, 63)}.get(storage, (2080, 2080, 160, 64))
+    forms = [("output", False), ("input", False), ("output", True), ("input", True)]
+    layers = [(packed(s, torch.bfloat16, sizes, p, torch.int16, storage), s == "input") for s, p in forms]
+
+    def chain(pause):
+        x = start
+        for layer, share_input in 3 * layers:
+            x = call(x, *layer, share_input)
+            if pause:
+                torch.cuda.synchronize()
+        return x
+
+    start = draw(tokens, 2080, dtype=torch.bfloat16) * 1e-3
+    expected = chain(True)
+    assert torch.equal(chain(False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(False)
+    for _ in range(3):
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

@@ -75,7 +75,9 @@ def stored(layer, storage):
         low, high = RANGE[storage]
         rows, n = layer[at].shape
         codes = torch.randint(low, high + 1, (rows, n), generator=torch.Generator().manual_seed(at), dtype=torch.int8)
-        scales = (0.5 + torch.rand(scales_shape(rows, n, storage), generator=torch.Generator().manual_seed(at + 2))) / high
+        scales = (
+            0.5 + torch.rand(scales_shape(rows, n, storage), generator=torch.Generator().manual_seed(at + 2))
+        ) / high
         coded[at], coded[scales_at] = pack(codes, storage).to(DEVICE), scales.to(layer[at]).reshape(scales.shape)
         each = coded[scales_at].double().repeat_interleave(n if storage == "int8" else GROUP, dim=1)[:, :n]
         exact[at] = codes.to(DEVICE).double() * each

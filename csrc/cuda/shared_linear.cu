@@ -1,135 +1,265 @@
-// Few tokens through a shared-channel layer, two launches: products and label sums into `reduced`, then y from it.
+// Few tokens through a shared-channel layer: products of the stacked matrix, split over its columns, into `parts`; with
+// shared inputs a pass that folds the parts into the first; then y, from the parts and the other matrix.
 //
-// A warp takes one row of a stored matrix for all tokens of its slice, so each weight is read once; its lanes add in a
-// fixed tree, and no atomics are used, so two runs give the same bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// Each launch may begin while the one before it ends. Sums have a fixed order and there are no atomics: two runs give
+// the same bits.
+#include "shared_linear.h"
+
 #include <cuda_runtime.h>
 
-#include "shared_linear.h"
+#include <algorithm>
+
+#include "tile.cuh"
 
 namespace pycompress::cuda {
 namespace {
 
-constexpr int WARP = 32, WARPS = 4;
-constexpr int SLICE = 4;  // tokens a warp carries at once; blockIdx.y counts slices
+constexpr int MAX_SPLITS = 8;
+// Blocks a multiprocessor is to hold: widening codes and splitting float32 take registers.
+template <class T, Storage S>
+constexpr int BLOCKS = S == Storage::FLOAT && sizeof(T) == 2 ? 2 : 1;
+constexpr int STAGED = 256;  // columns of a low-rank part that a block adds up for itself
 
-template <class T>
-__device__ float widen(T value) {
-  return static_cast<float>(value);
+int round_up(int value, int to) { return ceil_div(value, to) * to; }
+
+// Columns of the parts: k, then, on 16 bytes where it is read alone, r.
+struct Columns {
+  int clusters, low, stride;
+};
+
+Columns columns_of(int k, int r, bool share_input) {
+  const int low = share_input ? k : round_up(k, 8);
+  return {k, low, round_up(low + r, 8)};
 }
 
-__device__ float warp_sum(float value) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
+// Element `at` of the parts of a product, each `size` floats, added from the first to the last.
+__device__ float sum_of_parts(const float *parts, int64_t at, int64_t size, int splits) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int split = 0; split < MAX_SPLITS; ++split) sum += split < splits ? parts[split * size + at] : 0.0f;
+  return sum;
 }
 
-// Products of one row with the slice's tokens, whose inputs are taken by `order` when there is one: every lane ends
-// with all of them.
-template <class T, class I, class X>
-__device__ void dot_row(const T *row, const X *x, int x_stride, const I *order, int size, int tokens,
-                        float (&sums)[SLICE]) {
-  for (int t = 0; t < SLICE; ++t) sums[t] = 0.0f;
-  for (int p = threadIdx.x; p < size; p += WARP) {
-    const float value = widen(row[p]);
-    const int column = order ? order[p] : p;
-    for (int t = 0; t < SLICE; ++t) {
-      if (t < tokens) sums[t] += value * widen(x[t * x_stride + column]);
-    }
+template <class T, Storage S>
+struct Product {
+  StoredRows<T, S> rows;
+  LabelRows<T> labels;
+  Inputs<T> stored_inputs, label_inputs;
+  const void *pivots;  // their channels, null where there are none
+  float *parts;
+  Columns columns;
+  int label_tiles, tokens;
+  bool wide;
+};
+
+template <class T, Storage S>
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Product<T, S> p) {
+  __shared__ float sums[WARPS][TOKENS][ROWS + 1];
+  const bool of_labels = static_cast<int>(blockIdx.x) < p.label_tiles;
+  const int tile = of_labels ? blockIdx.x : blockIdx.x - p.label_tiles;
+  const int split = blockIdx.y, splits = gridDim.y, first_token = blockIdx.z * TOKENS;
+  const int chunks = of_labels ? ceil_div(p.labels.n, CHUNK<T, Storage::FLOAT>) : ceil_div(p.rows.n, CHUNK<T, S>);
+  const int begin = chunks * split / splits, end = chunks * (split + 1) / splits;
+  if (!of_labels) prefetch_tile<T, S>(p.rows, tile * ROWS, begin, end);
+  wait_for_the_kernel_before();
+  if (of_labels) {
+    multiply_tile<T, Storage::FLOAT>(p.labels, p.label_inputs, tile * ROWS, first_token, begin, end, sums);
+  } else {
+    multiply_tile<T, S>(p.rows, p.stored_inputs, tile * ROWS, first_token, begin, end, sums);
   }
-  for (int t = 0; t < SLICE; ++t) sums[t] = warp_sum(sums[t]);
-}
-
-// Warp `row` of the grid: rows below `summed` sum x by label, the others multiply by a row of `matrix`, to which
-// channels add their pivot's input.
-template <class T, class I>
-__global__ void reduce_kernel(const T *x, const T *matrix, const I *labels, const I *channels, float *reduced,
-                              int tokens, int inputs, int width, int summed) {
-  const int row = blockIdx.x * WARPS + threadIdx.y, first = blockIdx.y * SLICE;
-  if (row >= width) return;
-  const int here = min(SLICE, tokens - first), product = row - summed, pivots = channels ? width - summed : 0;
-  x += static_cast<int64_t>(first) * inputs;
-  float sums[SLICE] = {};
-  if (product < 0) {
-    for (int p = threadIdx.x; p < inputs; p += WARP) {
-      if (labels[p] != row) continue;
-      for (int t = 0; t < SLICE; ++t) {
-        if (t < here) sums[t] += widen(x[t * inputs + p]);
+  const int rows = of_labels ? p.columns.clusters : p.rows.end;
+  for (int i = threadIdx.x; i < ROWS * TOKENS; i += THREADS) {
+    const int row = tile * ROWS + i % ROWS, token = first_token + i / ROWS;
+    if (row >= rows || token >= p.tokens) continue;
+    float value = total(sums, i / ROWS, i % ROWS);
+    int stacked = row;
+    if (!of_labels) {
+      value *= p.rows.row_scale(row);
+      stacked += p.label_tiles ? p.columns.clusters : 0;
+      if (p.pivots && split == 0) {
+        const int channel = index_at(p.pivots, row, p.wide);
+        value += widen(p.label_inputs.x[static_cast<int64_t>(token) * p.label_inputs.stride + channel]);
       }
     }
-    for (int t = 0; t < SLICE; ++t) sums[t] = warp_sum(sums[t]);
-  } else {
-    const int size = inputs - pivots;
-    const I *order = channels ? channels + pivots : nullptr;
-    dot_row(matrix + static_cast<int64_t>(product) * size, x, inputs, order, size, here, sums);
+    const int column = stacked < p.columns.clusters ? stacked : p.columns.low + stacked - p.columns.clusters;
+    p.parts[(static_cast<int64_t>(split) * p.tokens + token) * p.columns.stride + column] = value;
   }
-  for (int t = 0; t < SLICE; ++t) {
-    if (t >= here || threadIdx.x != 0) continue;
-    if (product >= 0 && pivots) sums[t] += widen(x[t * inputs + channels[product]]);
-    reduced[static_cast<int64_t>(first + t) * width + row] = sums[t];
-  }
-}
-
-// One output a warp: its low-rank part, which is the product of its row of `matrix` with `reduced` from `at` on, or for
-// a pivot an element of it; its centroid's product, its bias.
-template <class T, class I>
-__global__ void finish_kernel(const float *reduced, const T *matrix, const I *labels, const I *channels, const T *bias,
-                              T *y, int tokens, int outputs, int width, int at) {
-  const int position = blockIdx.x * WARPS + threadIdx.y, first = blockIdx.y * SLICE;
-  if (position >= outputs) return;
-  const int here = min(SLICE, tokens - first), size = width - at, pivots = channels ? size : 0;
-  const int row = channels ? channels[position] : position;
-  reduced += static_cast<int64_t>(first) * width;
-  float sums[SLICE];
-  if (position < pivots) {
-    for (int t = 0; t < SLICE; ++t) sums[t] = t < here ? reduced[t * width + at + position] : 0.0f;
-  } else {
-    const T *own = matrix + static_cast<int64_t>(position - pivots) * size;
-    dot_row<T, I>(own, reduced + at, width, nullptr, size, here, sums);
-  }
-  for (int t = 0; t < SLICE; ++t) {
-    if (t >= here || threadIdx.x != 0) continue;
-    float value = sums[t];
-    if (labels) value += reduced[t * width + labels[row]];
-    if (bias) value += widen(bias[row]);
-    y[static_cast<int64_t>(first + t) * outputs + row] = static_cast<T>(value);
-  }
-}
-
-template <class T, class I>
-cudaError_t launch(const SharedLinearArgs &s) {
-  const auto *x = static_cast<const T *>(s.x), *weight = static_cast<const T *>(s.weight);
-  const auto *factor = static_cast<const T *>(s.factor), *bias = static_cast<const T *>(s.bias);
-  const auto *labels = static_cast<const I *>(s.labels), *channels = static_cast<const I *>(s.channels);
-  const I *none = nullptr;
-  const auto stream = static_cast<cudaStream_t>(s.stream);
-  const int width = s.k + s.r, slices = (s.tokens + SLICE - 1) / SLICE;
-  const dim3 block(WARP, WARPS), reduce_grid((width + WARPS - 1) / WARPS, slices);
-  const dim3 finish_grid((s.outputs + WARPS - 1) / WARPS, slices);
-  if (!s.tokens || !s.outputs) return cudaSuccess;
-  if (width > 0) {
-    reduce_kernel<<<reduce_grid, block, 0, stream>>>(x, s.share_input ? factor : weight, labels,
-                                                     s.share_input ? channels : none, s.reduced, s.tokens, s.inputs,
-                                                     width, s.share_input ? s.k : 0);
-  }
-  finish_kernel<<<finish_grid, block, 0, stream>>>(s.reduced, s.share_input ? weight : factor,
-                                                   s.share_input || !s.k ? none : labels,
-                                                   s.share_input ? none : channels, bias, static_cast<T *>(s.y),
-                                                   s.tokens, s.outputs, width, s.share_input ? 0 : s.k);
-  return cudaGetLastError();
 }
 
 template <class T>
-cudaError_t launch(const SharedLinearArgs &s) {
-  return s.wide_indices ? launch<T, int32_t>(s) : launch<T, int16_t>(s);
+__global__ void fold_kernel(float *parts, T *reduced, int size, int splits) {
+  wait_for_the_kernel_before();
+  const int i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= size) return;
+  const float sum = sum_of_parts(parts, i, size, splits);
+  parts[i] = sum;
+  reduced[i] = T(sum);
+}
+
+template <class T, Storage S>
+struct Finish {
+  StoredRows<T, S> rows;  // by position: those below `first` are pivots
+  const float *parts;
+  const T *reduced;  // the folded parts, or null
+  Columns columns;
+  int splits, inputs;             // `inputs`: first column of the parts that the rows multiply
+  const void *labels, *channels;  // of the outputs, or null
+  const T *bias;
+  T *y;
+  int tokens, outputs;
+  bool wide;
+};
+
+template <class T, Storage S>
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) finish_kernel(const Finish<T, S> p) {
+  constexpr int STRIDE = STAGED + VECTOR<T>;  // rows that start in different banks
+  __shared__ float sums[WARPS][TOKENS][ROWS + 1];
+  __shared__ __align__(16) T staged[TOKENS * STRIDE];
+  const int first = blockIdx.x * ROWS, first_token = blockIdx.z * TOKENS;
+  const int tokens = min(TOKENS, p.tokens - first_token), chunks = ceil_div(p.rows.n, CHUNK<T, S>);
+  const int64_t size = static_cast<int64_t>(p.tokens) * p.columns.stride;
+  const int64_t start = static_cast<int64_t>(first_token) * p.columns.stride;
+  prefetch_tile<T, S>(p.rows, first, 0, chunks);
+  wait_for_the_kernel_before();
+  if (!p.reduced) {
+    for (int i = threadIdx.x; i < tokens * p.rows.n; i += THREADS) {
+      const int token = i / p.rows.n, column = i % p.rows.n;
+      const int64_t at = start + static_cast<int64_t>(token) * p.columns.stride + p.inputs + column;
+      staged[token * STRIDE + column] = T(sum_of_parts(p.parts, at, size, p.splits));
+    }
+    __syncthreads();
+  }
+  const T *x = p.reduced ? p.reduced + start + p.inputs : staged;
+  const Inputs<T> inputs{x, nullptr, tokens, p.reduced ? p.columns.stride : STRIDE, p.rows.n, false, true};
+  multiply_tile<T, S>(p.rows, inputs, first, 0, 0, chunks, sums);
+  for (int i = threadIdx.x; i < ROWS * tokens; i += THREADS) {
+    const int position = first + i % ROWS, token = i / ROWS;
+    if (position >= p.outputs) continue;
+    const int channel = p.channels ? index_at(p.channels, position, p.wide) : position;
+    const int64_t row = start + static_cast<int64_t>(token) * p.columns.stride;
+    float value = position < p.rows.first ? sum_of_parts(p.parts, row + p.inputs + position, size, p.splits)
+                                          : total(sums, token, i % ROWS) * p.rows.row_scale(position);
+    if (p.labels) value += sum_of_parts(p.parts, row + index_at(p.labels, channel, p.wide), size, p.splits);
+    if (p.bias) value += widen(p.bias[channel]);
+    p.y[static_cast<int64_t>(first_token + token) * p.outputs + channel] = T(value);
+  }
+}
+
+// A launch that may begin while the one before it ends, where the device can do that.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, void *stream, bool early, const Arguments &...arguments) {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.gridDim = grid;
+  config.blockDim = dim3(THREADS);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class T, Storage S>
+StoredRows<T, S> rows_of(const void *numbers, const void *scales, int first, int end, int n) {
+  const bool whole = static_cast<int64_t>(n) * StoredRows<T, S>::BITS % 128 == 0;
+  return {
+      numbers, static_cast<const T *>(scales), first, end, n, whole && reinterpret_cast<uintptr_t>(numbers) % 16 == 0};
+}
+
+template <class T, Storage S>
+cudaError_t multiply_stacked(const SharedLinearArgs &s, const Columns &columns, int splits, bool early) {
+  const int pivots = s.channels && s.share_input ? s.r : 0, n = s.inputs - pivots;
+  const auto *x = static_cast<const T *>(s.x);
+  const bool aligned = s.inputs % VECTOR<T> == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  Product<T, S> p{};
+  p.rows = s.share_input ? rows_of<T, S>(s.factor, s.factor_scales, 0, s.r, n)
+                         : rows_of<T, S>(s.weight, s.weight_scales, 0, s.k + s.r, n);
+  p.labels = {s.labels, s.inputs, s.wide_indices};
+  p.label_inputs = {x, nullptr, s.tokens, s.inputs, s.inputs, s.wide_indices, aligned};
+  p.stored_inputs = {x, nullptr, s.tokens, s.inputs, n, s.wide_indices, aligned};
+  if (pivots) {
+    p.pivots = s.channels;
+    p.stored_inputs.channels = static_cast<const char *>(s.channels) + pivots * (s.wide_indices ? 4 : 2);
+  }
+  p.parts = static_cast<float *>(s.parts);
+  p.columns = columns;
+  p.label_tiles = s.share_input ? ceil_div(s.k, ROWS) : 0;
+  p.tokens = s.tokens;
+  p.wide = s.wide_indices;
+  const int tiles = p.label_tiles + ceil_div(p.rows.end, ROWS);
+  return launch(product_kernel<T, S>, dim3(tiles, splits, ceil_div(s.tokens, TOKENS)), s.stream, early, p);
+}
+
+template <class T, Storage S>
+cudaError_t finish(const SharedLinearArgs &s, const Columns &columns, int splits, const T *reduced, bool early) {
+  const bool output = !s.share_input;
+  const int pivots = s.channels && output ? s.r : 0;
+  Finish<T, S> f{};
+  f.rows = output ? rows_of<T, S>(s.factor, s.factor_scales, pivots, s.outputs, s.r)
+                  : rows_of<T, S>(s.weight, s.weight_scales, 0, s.outputs, s.k + s.r);
+  f.parts = static_cast<const float *>(s.parts);
+  f.reduced = reduced;
+  f.columns = columns;
+  f.splits = splits;
+  f.inputs = output ? columns.low : 0;
+  f.labels = output && s.k ? s.labels : nullptr;
+  f.channels = output ? s.channels : nullptr;
+  f.bias = static_cast<const T *>(s.bias);
+  f.y = static_cast<T *>(s.y);
+  f.tokens = s.tokens;
+  f.outputs = s.outputs;
+  f.wide = s.wide_indices;
+  const dim3 grid(ceil_div(s.outputs, ROWS), 1, ceil_div(s.tokens, TOKENS));
+  return launch(finish_kernel<T, S>, grid, s.stream, early, f);
+}
+
+template <class T, Storage S>
+cudaError_t run(const SharedLinearArgs &s, int processors, bool early) {
+  const Columns columns = columns_of(s.k, s.r, s.share_input);
+  const int rows = s.k + s.r, blocks = ceil_div(rows, ROWS) * ceil_div(s.tokens, TOKENS);
+  int splits = 1;
+  cudaError_t error = cudaSuccess;
+  if (rows) {
+    // Two blocks a multiprocessor, as far as each warp of a block then has work.
+    const int most = std::clamp(s.inputs / (CHUNK<T, S> * WARPS), 1, MAX_SPLITS);
+    splits = std::clamp(2 * processors / blocks, 1, most);
+    error = multiply_stacked<T, S>(s, columns, splits, early);
+  }
+  T *reduced = nullptr;
+  if (error == cudaSuccess && rows && (s.share_input || s.r > STAGED)) {
+    auto *parts = static_cast<float *>(s.parts);
+    const int size = s.tokens * columns.stride;
+    reduced = reinterpret_cast<T *>(parts + static_cast<int64_t>(MAX_SPLITS) * size);
+    error = launch(fold_kernel<T>, dim3(ceil_div(size, THREADS)), s.stream, early, parts, reduced, size, splits);
+    splits = 1;
+  }
+  return error == cudaSuccess ? finish<T, S>(s, columns, splits, reduced, early) : error;
+}
+
+template <class T>
+cudaError_t run(const SharedLinearArgs &s) {
+  int device = 0, processors = 1, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess || !s.tokens || !s.outputs) return error;
+  const bool early = major >= 9;
+  return s.storage == 0   ? run<T, Storage::FLOAT>(s, processors, early)
+         : s.storage == 1 ? run<T, Storage::INT8>(s, processors, early)
+                          : run<T, Storage::INT4>(s, processors, early);
 }
 
 }  // namespace
 
+int64_t parts_needed(int tokens, int k, int r) {
+  return (MAX_SPLITS + int64_t{1}) * tokens * columns_of(k, r, false).stride;
+}
+
 const char *shared_linear(const SharedLinearArgs &args) {
-  const cudaError_t error = args.dtype == 0   ? launch<float>(args)
-                            : args.dtype == 1 ? launch<__nv_bfloat16>(args)
-                                              : launch<__half>(args);
+  const cudaError_t error = args.dtype == 0   ? run<float>(args)
+                            : args.dtype == 1 ? run<__nv_bfloat16>(args)
+                                              : run<__half>(args);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

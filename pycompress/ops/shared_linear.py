@@ -11,6 +11,7 @@ Packed: `weight` and `factor` are the codes of `pycompress.storage`, int8 or int
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -176,6 +177,11 @@ def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tupl
         torch.addmm(bias, reduced, weight.T, out=y)
 
 
+# csrc/cuda/shared_linear.h, and the most tokens its kernel takes from Triton's, which `make gpu` measures beside it.
+STORAGE_CODES = {"float": 0, "int8": 1, "int4": 2}
+NATIVE_TOKENS = {"float": 0, "int8": 0, "int4": 0}
+
+
 def shared_linear_cuda_native(
     x: Tensor,
     weight: Tensor,
@@ -187,33 +193,58 @@ def shared_linear_cuda_native(
     factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    """The few-token CUDA kernel of csrc/cuda: for tests and benchmarks, Triton being the op's CUDA implementation.
+    """The few-token CUDA kernel of csrc/cuda; NATIVE_TOKENS says when it is the op's CUDA implementation.
 
     Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
     """
-    if _ext.C is None or not hasattr(_ext.C, "shared_linear_cuda"):
+    if not _native_cuda_built():
         raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
     if not x.is_cuda or x.dtype not in DTYPE_CODES:
         raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rank = factor.shape[0 if share_input else 1]
-    clusters = weight.shape[1 if share_input else 0] - rank
+    rank = factor.shape[0] if share_input else storage.width_of(factor)
+    clusters = (storage.width_of(weight) if share_input else weight.shape[0]) - rank
     y = x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
-    reduced = x.new_empty((len(rows), clusters + rank), dtype=torch.float32)
-    tensors = [t if t is None else t.contiguous() for t in (weight, factor, labels, channels, bias)]
+    parts = x.new_empty(_ext.C.shared_linear_cuda_parts(len(rows), clusters, rank), dtype=torch.float32)
+    given = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
+    tensors = [t if t is None else t.contiguous() for t in given]
     with torch.cuda.device(x.device):
         _ext.C.shared_linear_cuda(
-            *map(_ext.address, (rows, *tensors, reduced, y)),
+            *map(_ext.address, (rows, *tensors, parts, y)),
             *rows.shape,
             y.shape[-1],
             clusters,
             rank,
             DTYPE_CODES[x.dtype],
+            STORAGE_CODES[storage.storage_of(weight)],
             _wide(labels, channels),
             share_input,
             torch.cuda.current_stream().cuda_stream,
         )
     return y
+
+
+def _native_cuda_built() -> bool:
+    return _ext.C is not None and hasattr(_ext.C, "shared_linear_cuda")
+
+
+_triton = triton_kernel("shared_linear", "shared_linear_cuda")
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    bias: Tensor | None,
+    weight_scales: Tensor | None,
+    factor_scales: Tensor | None,
+    share_input: bool,
+) -> Tensor:
+    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[storage.storage_of(weight)]
+    launch = shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and _native_cuda_built() else _triton
+    return launch(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
 
 
 _op = register(
@@ -222,7 +253,7 @@ _op = register(
     shared_linear_ref,
     _fake,
     cpu=_cpu,
-    cuda=triton_kernel("shared_linear", "shared_linear_cuda"),
+    cuda=_cuda,
 )
 
 
