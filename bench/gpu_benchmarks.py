@@ -1,9 +1,9 @@
 """Times the kernels on a GPU beside cuBLAS and torch; `python bench/gpu_benchmarks.py <file>` writes a JSON list.
 
 Weights rotate through sets that together exceed the second-level cache, and short calls are timed inside CUDA graphs,
-contestants in turn. Each figure stands beside the error of what was timed, against float64. Every part has a process and
-a time limit of its own, so that one which fails leaves the others' figures. Where the folder $GPU_WHEELS holds a wheel of
-flash-kmeans, it is timed too.
+contestants in turn. Each figure stands beside the error of what was timed, against float64. Every part has a process
+and a time limit of its own, so that one which fails leaves the others' figures. Where the folder $GPU_WHEELS holds a
+wheel of flash-kmeans, it is timed too.
 """
 
 from __future__ import annotations

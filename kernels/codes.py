@@ -1,7 +1,7 @@
 """Tiles of a stored matrix: floats as they are, int8 and int4 codes with their scales.
 
-The layout is that of pycompress.storage. One byte of int4 holds the codes of two columns that are 16 apart, so a tile of
-it is used as two HALVES, each with the columns that one half of its bytes stands for: no code changes its thread.
+The layout is that of pycompress.storage. One byte of int4 holds the codes of two columns that are 16 apart, so a tile
+of it is used as two HALVES, each with the columns that one half of its bytes stands for: no code changes its thread.
 """
 
 from __future__ import annotations

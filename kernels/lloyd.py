@@ -86,7 +86,7 @@ def _squares_kernel(
 
 
 def _squares(similarity: Tensor, order: Tensor, offsets: Tensor, mass: Tensor) -> Tensor:
-    """Squared lengths `[B, k]` of the means whose similarities are `[B, k, n]`; infinity bars clusters without weight."""
+    """Squared lengths `[B, k]` of means, from their similarities `[B, k, n]`; infinity bars clusters without weight."""
     batch, clusters, n = similarity.shape
     squares = torch.empty((batch, clusters), dtype=similarity.dtype, device=similarity.device)
     _squares_kernel[(clusters, batch)](similarity, mass, order, offsets, squares, n, clusters, BLOCK_J=64, num_warps=2)

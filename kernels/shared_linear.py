@@ -239,8 +239,8 @@ def shared_linear_cuda(
     Outputs shared: `weight [k + r, K] = [C; V]`, `factor U [N, r]`, `labels [N]`. Inputs shared: `weight [N, k + r]
     = [Cᵀ | U]`, `factor V [r, K]`, `labels [K]`. `labels` is None when k = 0. `channels`, a permutation of the N or K
     channels with r pivots first, leaves their identity out of the factor: `U [N - r, r]`, `V [r, K - r]`. Indices are
-    int16 or int32. `weight` and `factor` are both in the dtype of `x`, or both int8 or both int4 codes with their scales
-    in that dtype. float64 has no kernel and goes through torch's products.
+    int16 or int32. `weight` and `factor` are in the dtype of `x`, or both int8 or both int4 codes with scales in that
+    dtype. float64 has no kernel and goes through torch's products.
     """
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()

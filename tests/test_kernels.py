@@ -71,14 +71,12 @@ def packed(shape, share, dtype, bias, pivoted=False, index=torch.int16):
 def stored(layer, storage):
     """The layer with random codes for numbers, and the same layer in float64."""
     coded, exact = list(layer), wide(layer)
+    generator, (low, high) = torch.Generator().manual_seed(5), RANGE[storage]
     for at, scales_at in ((0, 5), (1, 6)):
-        low, high = RANGE[storage]
         rows, n = layer[at].shape
-        codes = torch.randint(low, high + 1, (rows, n), generator=torch.Generator().manual_seed(at), dtype=torch.int8)
-        scales = (
-            0.5 + torch.rand(scales_shape(rows, n, storage), generator=torch.Generator().manual_seed(at + 2))
-        ) / high
-        coded[at], coded[scales_at] = pack(codes, storage).to(DEVICE), scales.to(layer[at]).reshape(scales.shape)
+        codes = torch.randint(low, high + 1, (rows, n), generator=generator, dtype=torch.int8)
+        scales = (0.5 + torch.rand(scales_shape(rows, n, storage), generator=generator)) / high
+        coded[at], coded[scales_at] = pack(codes, storage).to(DEVICE), scales.to(layer[at])
         each = coded[scales_at].double().repeat_interleave(n if storage == "int8" else GROUP, dim=1)[:, :n]
         exact[at] = codes.to(DEVICE).double() * each
     return coded, exact
