@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -373,7 +374,8 @@ def lowrank_figures() -> Iterator[Figure]:
         yield figure("lowrank", f"rank {rank} of {N}x{K}", who, median_us(call, 3), **facts)
 
 
-# Most important first: seconds each may take.
+# Seconds for all parts, and for each: the most important first.
+BUDGET = 230
 PARTS: dict[str, tuple[Callable[[], Iterator[Figure]], float]] = {
     "shared_linear": (shared_linear_figures, 70),
     "model": (model_figures, 60),
@@ -397,17 +399,18 @@ def run_part(name: str, target: Path) -> None:
 
 def main() -> int:
     target, wanted = Path(sys.argv[1]), sys.argv[2:] or list(PARTS)
-    failed = []
+    failed, ends = [], time.monotonic() + BUDGET
     # Forked before CUDA is touched, so that each has its own context and none imports torch again.
     fork = multiprocessing.get_context("fork")
     for name in wanted:
         process = fork.Process(target=run_part, args=(name, target))
         process.start()
-        process.join(PARTS[name][1])
+        limit = max(0.0, min(PARTS[name][1], ends - time.monotonic()))
+        process.join(limit)
         if process.is_alive():
             process.kill()
             process.join()
-            print(f"FAILED {name}: stopped after {PARTS[name][1]} s", flush=True)
+            print(f"FAILED {name}: stopped after {limit:.0f} s", flush=True)
         elif process.exitcode:
             print(f"FAILED {name}: exit code {process.exitcode}, see above", flush=True)
         if process.exitcode:

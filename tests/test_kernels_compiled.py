@@ -17,12 +17,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from pycompress import _ext  # noqa: E402
+from pycompress.storage import scales_shape, stored_shape  # noqa: E402
+
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -60,14 +65,19 @@ def compiled(kernel, args, named, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def spills(cubin, folder):
-    """Loads and stores of local memory in the machine code: registers that did not suffice."""
+def dumped(file, *what):
+    """What cuobjdump tells of a file."""
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
     assert tool, "neither Triton nor CUDA brings a cuobjdump"
+    return subprocess.run([tool, *what, str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def spills(cubin, folder):
+    """Loads and stores of local memory in the machine code: registers that did not suffice."""
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
-    code = subprocess.run([tool, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    code = dumped(file, "-sass")
     assert "EXIT" in code
     return len(re.findall(r"\b(?:LDL|STL)\b", code))
 
@@ -82,17 +92,21 @@ def check(launches, capability, folder, products=()):
         assert spills(result.asm["cubin"], folder) == 0, where
         if kernel.__name__ in products:
             assert ("wgmma" if capability == 90 else "mma.sync") in result.asm["ptx"], where
+        assert ("griddepcontrol.wait" in result.asm["ptx"]) == bool(named.get("PDL")), where
     assert set(products) <= {kernel.__name__ for kernel, _, _ in launches}
 
 
-def layer(share, dtype, pivoted=False, sizes=(4096, 1024, 512, 64), index=torch.int16):
+def layer(share, dtype, pivoted=False, sizes=(4096, 1024, 512, 64), index=torch.int16, storage="float"):
     outputs, inputs, k, r = sizes
     count = outputs if share == "output" else inputs
     stored = count - r if pivoted else count
     stacked, other = ((k + r, inputs), (stored, r)) if share == "output" else ((outputs, k + r), (r, stored))
     channels = torch.arange(count, dtype=index) if pivoted else None
-    factors = torch.zeros(stacked, dtype=dtype), torch.zeros(other, dtype=dtype)
-    return *factors, torch.zeros(count, dtype=index), channels, torch.zeros(outputs, dtype=dtype)
+    codes = {"float": dtype, "int8": torch.int8, "int4": torch.uint8}[storage]
+    shapes = stacked, other
+    factors = (torch.zeros(stored_shape(*shape, storage), dtype=codes) for shape in shapes)
+    scales = (None if storage == "float" else torch.zeros(scales_shape(*s, storage), dtype=dtype) for s in shapes)
+    return *factors, torch.zeros(count, dtype=index), channels, torch.zeros(outputs, dtype=dtype), *scales
 
 
 both = pytest.mark.parametrize("capability", [80, 90])
@@ -118,6 +132,39 @@ def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, pivote
         shared_linear_cuda(torch.zeros(tokens, 1024, dtype=dtype), *layer(share, dtype, pivoted), share == "input")
     products = {1: (), 64: ("_split_kernel",), 512: ("_expand_kernel",)}[tokens]
     check(launches, capability, tmp_path, products)
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Kernels that start while the one before them ends, as on a GPU of compute capability 9."""
+    for module in ("skinny", "shared_linear"):
+        monkeypatch.setattr(f"pycompress.kernels.{module}.dependent", lambda device: True)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_kernels_of_a_few_tokens_start_early_on_hopper(tokens, launches, early, tmp_path):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    for share in ("output", "input"):
+        x = torch.zeros(tokens, 1024, dtype=torch.bfloat16)
+        shared_linear_cuda(x, *layer(share, torch.bfloat16, True), share == "input")
+    assert all(named["PDL"] and named["launch_pdl"] for _, _, named in launches)
+    check(launches, 90, tmp_path)
+
+
+@both
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_shared_linear_of_codes_fits_and_multiplies_on_tensor_cores(storage, capability, launches, tmp_path):
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    sizes = (4096, 1088, 512, 64)
+    for tokens in (1, 16, 512):
+        for share in ("output", "input") if tokens == 16 else ("output",):
+            x = torch.zeros(tokens, 1088, dtype=torch.bfloat16)
+            given = layer(share, torch.bfloat16, True, sizes, storage=storage)
+            shared_linear_cuda(x, *given, share == "input")
+    check(launches, capability, tmp_path, ("_split_kernel",))
+    assert "_widen_kernel" in {kernel.__name__ for kernel, _, _ in launches}
 
 
 @both
@@ -166,3 +213,24 @@ def test_centring_of_the_low_rank_iteration_fits(capability, launches, tmp_path)
     groups = group_by_label(torch.zeros(1, 64, dtype=torch.int64), 5)
     segment_centre_(torch.zeros(1, 64, 160), *groups)
     check(launches, capability, tmp_path)
+
+
+@pytest.mark.skipif(not isinstance(_ext.build_info()["cuda"], list), reason="the CUDA kernels were not built")
+@both
+def test_cuda_kernels_fit_and_multiply_on_tensor_cores(capability):
+    import pycompress._C
+
+    architecture = f"sm_{capability}" + ("a" if capability == 90 else "")
+    usage = dumped(pycompress._C.__file__, "-arch", architecture, "--dump-resource-usage")
+    found = re.findall(r"Function (\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert len([name for name, *_ in found if "kernel" in name]) >= 21  # two for each of nine forms, and three folds
+    for name, registers, stack, shared, local in found:
+        assert int(stack) == int(local) == 0, name
+        assert int(shared) <= 48 << 10, name
+        assert int(registers) < 255, name
+    code = dumped(pycompress._C.__file__, "-arch", architecture, "-sass")
+    for body in code.split("Function : ")[1:]:
+        assert not re.search(r"\b(?:LDL|STL)\b", body), body[:200]
+        if "fold" not in body.split("\n")[0]:
+            assert "HMMA" in body, body[:200]
+            assert "LDG.E.128" in body, body[:200]
