@@ -222,6 +222,18 @@ def test_the_native_cuda_kernel_takes_rows_that_start_anywhere(share, sizes, nat
     assert relative_error(native(x, *layer, share == "input"), exact) < 2 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_the_table_of_tokens_chooses_between_triton_and_the_native_kernel(share, native, monkeypatch):
+    ops = importlib.import_module("pycompress.ops.shared_linear")
+    from pycompress.kernels.shared_linear import shared_linear_cuda
+
+    layer = packed(share, torch.bfloat16, pivoted=True)
+    monkeypatch.setitem(ops.NATIVE_TOKENS, "float", 4)
+    for leading, chosen in (((2, 2), native), ((1, 5), shared_linear_cuda)):
+        x = draw(*leading, 2064, dtype=torch.bfloat16)
+        assert torch.equal(ops.shared_linear(x, *layer, share=share), chosen(x, *layer, share == "input"))
+
+
 @pytest.mark.parametrize("kernel", ["triton", "native"])
 @pytest.mark.parametrize("storage", ["float", "int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 16])
