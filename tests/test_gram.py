@@ -5,7 +5,8 @@ import torch
 
 from pycompress.ops import gram
 
-SHAPES = [(1, 1), (63, 1000), (64, 64), (130, 257), (257, 5), (3, 40, 17)]
+# Columns of one, two and three registers in the last block, depths of one, two and three slices.
+SHAPES = [(1, 1), (63, 1000), (64, 64), (130, 257), (257, 5), (3, 40, 17), (113, 1030)]
 
 
 def _points(shape: tuple[int, ...]) -> torch.Tensor:

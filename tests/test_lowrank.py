@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pycompress.ops import gram, lowrank
+from pycompress.ops import gram, lowrank, truncated_svd
 
 
 def _matrix(n: int, d: int, decay: float = 1.0) -> Tensor:
@@ -127,6 +127,49 @@ def test_wrong_input_is_named() -> None:
         lowrank(torch.eye(4), -1)
     with pytest.raises(ValueError, match=r"labels must be \(1, 4\) with clusters >= 1, got \(1, 3\)"):
         lowrank(torch.eye(4), 1, torch.zeros(3, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "d", "rank"), [(500, 900, 16), (900, 500, 40), (63, 1000, 5)])
+def test_svd_of_a_matrix_is_within_a_thousandth_of_the_exact_tail(n: int, d: int, rank: int, decay: float) -> None:
+    generator = torch.Generator().manual_seed(n + d)
+    x = torch.randn(n, d, generator=generator) if decay == 0 else _matrix(n, d, decay)
+    u, s, v = truncated_svd(x, rank)
+    exact = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    error = (x.double() - u.double() * s @ v.double().T).square().sum()
+    assert error <= 1.001 * (exact[rank:] ** 2).sum()
+    np.testing.assert_allclose(s.numpy(), exact[:rank], rtol=0.02)
+    for side in (u, v):
+        torch.testing.assert_close(side.T @ side, torch.eye(rank), rtol=0, atol=2e-3)
+    shorter = u if n < d else v
+    torch.testing.assert_close(shorter.T @ shorter, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e9])
+def test_svd_of_a_matrix_of_lower_rank_or_any_scale_is_finite(scale: float) -> None:
+    x = scale * _matrix(600, 5).repeat(1, 140)
+    u, s, v = truncated_svd(x, 16)
+    assert s.isfinite().all()
+    torch.testing.assert_close(u.T @ u, torch.eye(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(u * s @ v.T, x, rtol=0, atol=2e-6 * float(x.norm()))
+
+
+def test_svd_of_many_matrices_equals_that_of_each() -> None:
+    x = torch.stack([_matrix(400, 500), _matrix(400, 500, 0.5)])
+    u, s, v = truncated_svd(x, 8)
+    assert u.shape == (2, 400, 8)
+    assert v.shape == (2, 500, 8)
+    for b in range(2):
+        alone = truncated_svd(x[b], 8)
+        torch.testing.assert_close(s[b], alone[1], rtol=1e-4, atol=0)
+        torch.testing.assert_close(u[b] * s[b] @ v[b].T, alone[0] * alone[1] @ alone[2].T, rtol=0, atol=1e-4)
+
+
+def test_svd_names_wrong_input() -> None:
+    with pytest.raises(ValueError, match=r"needs x \[\.\.\., n, d\] and a rank of 0 or more, got \(3,\) and 1"):
+        truncated_svd(torch.zeros(3), 1)
+    with pytest.raises(TypeError, match=r"floating-point x, got torch\.int64"):
+        truncated_svd(torch.zeros(3, 3, dtype=torch.int64), 1)
 
 
 def test_opcheck() -> None:

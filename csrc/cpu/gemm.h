@@ -9,7 +9,7 @@
 
 namespace pycompress::PYCOMPRESS_LEVEL {
 
-constexpr int64_t SLICE = 256;           // a panel of B stays in the first-level cache, a block of A in the second
+constexpr int64_t SLICE = 512;           // a panel of A stays in the first-level cache, a block of B in the second
 constexpr int64_t SPACING = SLICE + 16;  // floats between packed rows of A: no power of two, to use all cache sets
 constexpr int64_t MR = Vec::gemm_rows, NR = Vec::gemm_columns;
 constexpr int64_t BLOCK_ROWS = 16 * MR, BLOCK_COLUMNS = 8 * NR;
@@ -58,8 +58,12 @@ void pack_columns(const Matrix<T> &b, int64_t first, int64_t from, int64_t depth
   }
 }
 
-inline void multiply_block(const float *a, const float *b, int64_t depth, float *out) {
-  constexpr int parts = Vec::gemm_columns / Vec::width;
+// out [MR, NR] = product of two panels; of the columns, whole registers past `columns` are left out.
+template <int parts = NR / Vec::width>
+void multiply_block(const float *a, const float *b, int64_t columns, int64_t depth, float *out) {
+  if constexpr (parts > 1) {
+    if (columns <= (parts - 1) * Vec::width) return multiply_block<parts - 1>(a, b, columns, depth, out);
+  }
   Vec::reg sums[MR][parts];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -67,14 +71,14 @@ inline void multiply_block(const float *a, const float *b, int64_t depth, float 
     for (int j = 0; j < parts; ++j) sums[i][j] = Vec::zero();
   }
   for (int64_t p = 0; p < depth; ++p, b += NR) {
-    Vec::reg columns[parts];
+    Vec::reg values[parts];
 #pragma GCC unroll 4
-    for (int j = 0; j < parts; ++j) columns[j] = Vec::load(b + j * Vec::width);
+    for (int j = 0; j < parts; ++j) values[j] = Vec::load(b + j * Vec::width);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Vec::reg value = Vec::set1(a[i * SPACING + p]);
 #pragma GCC unroll 4
-      for (int j = 0; j < parts; ++j) sums[i][j] = Vec::fmadd(value, columns[j], sums[i][j]);
+      for (int j = 0; j < parts; ++j) sums[i][j] = Vec::fmadd(value, values[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 16
@@ -123,12 +127,13 @@ void gemm(const A &a, const B &b, int64_t depth, bool lower, int threads, const 
     for (int64_t tile = high * wide - 1; tile >= 0; --tile) {
       const int64_t top = tile / wide * BLOCK_ROWS, left = tile % wide * BLOCK_COLUMNS;
       const int64_t bottom = least(a.rows, top + BLOCK_ROWS), right = least(b.rows, left + BLOCK_COLUMNS);
-      for (int64_t j = left; j < right; j += NR) {
-        for (int64_t i = top; i < bottom; i += MR) {
-          if (lower && j >= i + MR) continue;
+      // Along rows of C, whose lines the hardware then prefetches.
+      for (int64_t i = top; i < bottom; i += MR) {
+        for (int64_t j = left; j < right && !(lower && j >= i + MR); j += NR) {
+          const Piece piece{i, j, least(MR, a.rows - i), least(NR, b.rows - j), from == 0, from + SLICE >= depth};
           alignas(64) float values[MR * NR];
-          multiply_block(rows + i * SPACING, columns + j * SLICE, size, values);
-          store(values, Piece{i, j, least(MR, a.rows - i), least(NR, b.rows - j), from == 0, from + SLICE >= depth});
+          multiply_block(rows + i * SPACING, columns + j * SLICE, piece.columns, size, values);
+          store(values, piece);
         }
       }
     }

@@ -10,8 +10,8 @@ namespace pycompress::PYCOMPRESS_LEVEL {
 struct Vec {
   using reg = __m512;
   static constexpr int width = 16;
-  static constexpr int gemm_rows = 12;     // 24 accumulators of the 32 registers
-  static constexpr int gemm_columns = 32;  // two registers
+  static constexpr int gemm_rows = 8;      // 24 accumulators of the 32 registers
+  static constexpr int gemm_columns = 48;  // three registers
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg set1(float v) { return _mm512_set1_ps(v); }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pycompress.ops._library import describe, kernel_in_use
 from pycompress.ops.gram import gram
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
-from pycompress.ops.lowrank import lowrank
+from pycompress.ops.lowrank import lowrank, truncated_svd
 from pycompress.ops.shared_linear import shared_linear
 from pycompress.ops.subnet_linear import subnet_linear
 
@@ -22,6 +22,7 @@ __all__ = [
     "lowrank",
     "shared_linear",
     "subnet_linear",
+    "truncated_svd",
 ]
 
 # Op name -> a function that says which kernels it has on this installation.

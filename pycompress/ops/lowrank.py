@@ -1,4 +1,4 @@
-"""Leading eigenpairs of a Gram matrix whose rows and columns are centred within clusters.
+"""Leading eigenpairs of a Gram matrix whose rows and columns are centred within clusters; truncated SVD of a matrix.
 
 For `G = X Xᵀ` they are the optimal rank-r correction of `X` after its cluster means are taken away: with `U` the
 eigenvectors, `V = Uᵀ (X - ΠX)`. The centred matrix `(I - Π) G (I - Π)` is applied, never formed.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pycompress import _ext
 from pycompress.ops._library import accumulator, register, triton_kernel
+from pycompress.ops.gram import gram as gram_of
 
 # The Krylov space pays while it is smaller than this share of n; past it a full eigendecomposition is quicker.
 SPACE_LIMIT = 0.6
@@ -143,6 +144,61 @@ def lowrank(
     generator = torch.Generator().manual_seed(seed)
     omega = torch.randn((n, width), generator=generator, dtype=accumulator(gram.dtype)).to(gram.device)
     return _op(gram, omega.expand(len(gram), -1, -1), rank, labels, clusters, iterations)
+
+
+def truncated_svd(x: Tensor, rank: int, seed: int = 0, iterations: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular vectors and values, `x ≈ u diag(s) vᵀ`, without a Gram matrix.
+
+    For a matrix whose Gram matrix serves nothing else, and a rank well below its sides; where the Gram matrix is there,
+    `lowrank` on it is cheaper. `x [..., n, d]`; `iterations` blocks of `max(16, rank / 2)` columns in the Krylov space,
+    each at the cost of two products with `x`: 12 leave an error within 0.1% of the least one also where the spectrum is
+    flat, 6 do where it decays. Gives `u [..., n, rank]`, `s [..., rank]` falling and `v [..., d, rank]`, float32
+    (float64 for float64), the columns of the shorter side orthonormal. Past the rank of `x`, columns may be zero.
+    Raises ValueError on other shapes and a negative rank, TypeError on integers.
+    Reference: Musco and Musco, arXiv:1504.05477, algorithm 2.
+    """
+    if x.dim() < 2 or rank < 0:
+        raise ValueError(f"truncated_svd needs x [..., n, d] and a rank of 0 or more, got {tuple(x.shape)} and {rank}")
+    if not x.is_floating_point():
+        raise TypeError(f"truncated_svd needs a floating-point x, got {x.dtype}: convert it first")
+    if x.shape[-2] > x.shape[-1]:
+        v, s, u = truncated_svd(x.mT, rank, seed, iterations)
+        return u, s, v
+    matrix = x.to(accumulator(x.dtype)).reshape(-1, *x.shape[-2:])
+    width = max(16, -(-rank // 2))
+    if not rank or max(iterations * width, rank) > SPACE_LIMIT * x.shape[-2]:
+        u, _ = lowrank(gram_of(matrix), rank)
+        image = matrix.mT @ u
+    else:
+        u, image = _krylov_on_matrix(matrix, rank, width, max(2, iterations), seed)
+    s = torch.linalg.vector_norm(image, dim=1)
+    v = image / s[:, None].clamp(min=torch.finfo(s.dtype).tiny)
+    lead = x.shape[:-2]
+    return u.reshape(*lead, *u.shape[1:]), s.reshape(*lead, rank), v.reshape(*lead, *v.shape[1:])
+
+
+def _krylov_on_matrix(x: Tensor, rank: int, width: int, blocks: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`u [B, n, rank]` of the Krylov space of `x xᵀ`, and `xᵀ u`."""
+    batch, n, d = x.shape
+    limits = torch.finfo(x.dtype)
+    scale = torch.linalg.matrix_norm(x, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn((d, width), generator=generator, dtype=x.dtype).to(x.device)
+    basis, image = x.new_empty((batch, n, blocks * width)), x.new_empty((batch, d, blocks * width))
+    block = x @ (omega / (scale * d**0.5))
+    for step in range(blocks):
+        done, now = step * width, slice(step * width, (step + 1) * width)
+        # Noise at the level of rounding keeps the block of full rank where the matrix is not.
+        noise = omega[:n].roll(step + 1, dims=1) * (10 * limits.eps / n)
+        basis[..., now] = _orthonormal(block + noise, basis[..., :done])
+        image[..., now] = x.mT @ basis[..., now]
+        if step + 1 < blocks:
+            block = (x @ (image[..., now] / scale)) / scale
+    image /= scale
+    _, vectors = torch.linalg.eigh((image.mT @ image).double())
+    top = vectors[..., -rank:].flip(-1).to(x.dtype)
+    return basis @ top, scale * (image @ top)
 
 
 def _exact(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
