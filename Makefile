@@ -9,7 +9,7 @@ NVCC := $(shell command -v nvcc 2>/dev/null)
 # A GPU machine may bring its own torch: without a .venv, the GPU commands use the Python that is there.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test quality cuda bench gpu gpu-status docs clean
+.PHONY: help setup demo test quality cuda bench performance gpu gpu-status docs clean
 
 help:
 	@echo "make setup       create .venv and install pycompress with everything it is tested with"
@@ -17,6 +17,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make quality     formatters, linters, types; compile the CUDA sources where nvcc is"
 	@echo "make bench       time each op against its peers, write bench/results/<cpu>.json"
+	@echo "make performance render docs/performance.md and its plots from bench/results"
 	@echo "make gpu         on a GPU: build, test, benchmark, write bench/results/<gpu>.json"
 	@echo "make gpu-status  kernels that changed since their GPU figures were taken"
 	@echo "make docs        check the links and paths the documentation names"
@@ -56,6 +57,9 @@ bench: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python bench/compact.py build/bench.json
+
+performance: $(INSTALLED)
+	$(BIN)/python bench/report.py
 
 gpu:
 	$(GPU_PYTHON) bench/gpu.py run

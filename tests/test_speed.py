@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,6 +35,20 @@ def test_two_runs_of_one_generation_agree(tiny_model):
     with torch.inference_mode():
         run = Generation(tiny_model("GPT2LMHeadModel"), 1, 9, 5)
         assert torch.equal(run.once().clone(), run.once())
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel"])
+def test_a_compiled_decode_step_gives_the_tokens_of_the_plain_one(name, tiny_model, compress_by_hand, monkeypatch):
+    torch.compiler.reset()
+    model = tiny_model(name)
+    compress_by_hand(model)
+    # The eager backend traces the step, in one graph and with our op in it, and builds nothing.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch.inference_mode():
+        plain, compiled = (Generation(model, 2, 11, 7, compile=c) for c in (False, True))
+        assert torch.equal(plain.once(), compiled.once())
+    assert compiled.result().compiled
+    assert "compiled" in str(compiled.result())
 
 
 def test_models_are_compared_in_turns(tiny_model, monkeypatch):

@@ -1,0 +1,129 @@
+"""docs/performance.md is what the recorded results give, and a missed target stays on it."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def script(name):
+    """A script of bench as a module; like any script it finds its neighbours beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return script("report")
+
+
+@pytest.fixture(scope="module")
+def compact():
+    return script("compact")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A CPU on which keep 0.5 meets its target and keep 0.2 misses it, and a GPU with one figure."""
+    fast = {"median_ms": 20.0, "rounds": 3, "share_of_limit": 0.75, "bound": "memory", "gb_per_s": 15.0}
+    contestants = {
+        "dense": {"median_ms": 100.0, "rounds": 3},
+        "keep 0.5": {"median_ms": 50.0, "rounds": 3},
+        "keep 0.2": {"median_ms": 40.0, "rounds": 3},
+    }
+    groups = {"decode of 8 tokens, Llama of 1.1B in bf16": contestants, "work": {"pycompress": fast}}
+    cpu = {
+        "command": "make bench",
+        "cpu": "A CPU",
+        "threads": 2,
+        "isa": "avx512",
+        "versions": {"torch": "9.9", "numpy": None},
+        "limits": {"read_gb_per_s": 20.0, "gflops_per_s": {"fp32": 200.0, "bf16": 60.0}},
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "groups": groups,
+    }
+    (tmp_path / "a-cpu.json").write_text(json.dumps(cpu))
+    (tmp_path / "quality.json").write_text(json.dumps({"rows": {}}))
+    return tmp_path
+
+
+def add_gpu(folder):
+    shared = {"op": "shared_linear", "group": "1 tokens"}
+    figures = [
+        shared | {"who": "cuBLAS dense bf16", "us": 20.0},
+        shared | {"who": "pycompress", "us": 10.0, "keep": 0.5, "share": "output"},
+    ]
+    result = {"command": "make gpu", "gpu": "A GPU", "versions": {"torch": "9.9"}, "benchmarks": figures}
+    (folder / "a-gpu.json").write_text(json.dumps(result))
+
+
+def test_the_recorded_page_is_what_the_recorded_results_give(report):
+    found = report.machines(report.RESULTS)
+    assert report.PAGE.read_text(encoding="utf-8") == report.render(found), "stale: run `make performance`"
+    drawn = {f"{machine.stem}-{name}.svg" for machine in found for name in report.plots(machine)}
+    assert drawn == {file.name for file in (report.PAGE.parent / "img").glob("*.svg")}
+
+
+def test_met_missed_and_unmeasured_targets_are_all_on_the_page(report, results):
+    page = report.render(report.machines(results))
+    work = "decode of 8 tokens, Llama of 1.1B in bf16"
+    assert f"| {work}: keep 0.5 | dense | 1.80x | 2.00x | met |" in page
+    assert f"| {work}: keep 0.2 | dense | 3.50x | 2.50x | **missed** |" in page
+    assert "| decode, keep 0.1 | dense | 5.00x |  | not measured |" in page
+    assert "| work | pycompress | 20.000 | 15.0 GB/s | 75% memory |  |" in page
+
+
+def test_every_comparison_has_a_row_whatever_was_measured(report, results):
+    (machine,) = report.machines(results)
+    asked = [c for c in report.COMPARISONS if c.device == "cpu" and c.asked != {}]
+    assert all(any(row.comparison is c and row.asked for row in report.compare(machine)) for c in asked)
+
+
+def test_gpu_figures_are_pending_until_there_are_some(report, results):
+    assert "GPU figures are pending: `make gpu`" in report.render(report.machines(results))
+    add_gpu(results)
+    page = report.render(report.machines(results))
+    assert "pending" not in page
+    assert "| shared_linear, 1 tokens, keep 0.5, share output | cuBLAS dense bf16 | 1.90x | 2.00x | met |" in page
+
+
+def test_plots_are_the_same_bytes_twice(report, results, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = report.machines(results)
+    drawn = []
+    for _ in range(2):
+        report.draw(found, tmp_path / "img")
+        drawn.append({file.name: file.read_bytes() for file in (tmp_path / "img").iterdir()})
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {"a-cpu-speedup.svg", "a-cpu-limit.svg"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "bound", "share"),
+    [
+        ({"bytes": 10e9, "flops": 10e9}, "memory", 0.5),  # 0.5 s to read, 0.1 s to multiply, in 1 s
+        ({"bytes": 1e9, "flops": 80e9}, "compute", 0.8),
+        ({"flops": 80e9, "dtype": "bf16"}, "compute", 0.4),
+    ],
+)
+def test_a_share_is_of_the_limit_that_takes_longer(compact, facts, bound, share):
+    limits = {"read_gb_per_s": 20.0, "gflops_per_s": {"fp32": 100.0, "bf16": 200.0}}
+    raw = {
+        "machine_info": {
+            "cpu": {"brand_raw": "A CPU"},
+            "threads": 2,
+            "isa": "avx512",
+            "versions": {},
+            "python_version": "3.11",
+            "limits": limits,
+        },
+        "commit_info": {},
+        "benchmarks": [{"group": "g", "extra_info": {"who": "a", **facts}, "stats": {"median": 1.0, "rounds": 3}}],
+    }
+    entry = compact.compact(raw)["groups"]["g"]["a"]
+    assert (entry["bound"], entry["share_of_limit"]) == (bound, share)
