@@ -329,3 +329,40 @@ def test_lowrank_error_is_within_a_thousandth_of_the_exact_tail(clusters):
     tail = torch.linalg.svdvals(residual)[64:].square().sum()
     left = (residual - u.double() @ (u.double().mT @ residual)).square().sum()
     assert left <= 1.001 * tail
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 1000])
+def test_subnet_linear_is_as_precise_as_torch_on_the_part_in_use(tokens, transposed, dtype):
+    from pycompress.ops import subnet_linear
+
+    weight, bias = draw(1000, 2064, dtype=dtype) / 2064**0.5, draw(1000, seed=1, dtype=dtype)
+    weight = weight.T.contiguous().T if transposed else weight
+    some_rows, some_columns = torch.randperm(1000, device="cuda")[:501], torch.randperm(2064, device="cuda")[:1023]
+    for rows, columns in ((None, None), (some_rows, None), (None, some_columns), (some_rows, some_columns)):
+        small, its_bias = (weight, bias) if rows is None else (weight[rows], bias[rows])
+        small = small if columns is None else small[:, columns]
+        x = draw(tokens, small.shape[1], seed=2, dtype=dtype)
+        y = subnet_linear(x, weight, bias, rows, columns)
+        exact = linear(x.double(), small.double(), its_bias.double())
+        by_torch = relative_error(linear(x, small, its_bias), exact)
+        assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else 0)
+        assert torch.equal(y, subnet_linear(x, weight, bias, rows, columns))
+
+
+def test_subnet_linear_passes_opcheck_and_a_cuda_graph_on_the_gpu():
+    from pycompress.ops import subnet_linear
+
+    rows, columns = torch.randperm(63, device="cuda")[:31], torch.randperm(100, device="cuda")[:50]
+    given = [t.requires_grad_() for t in (draw(7, 50), draw(63, 100), draw(63))]
+    torch.library.opcheck(torch.ops.pycompress.subnet_linear.default, (*given, rows, columns))
+    for tokens in (1, 7, 100):
+        x, weight, bias = draw(tokens, 50), draw(63, 100), draw(63)
+        eager = subnet_linear(x, weight, bias, rows, columns)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = subnet_linear(x, weight, bias, rows, columns)
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(eager, captured)

@@ -385,3 +385,42 @@ def test_lowrank_of_nothing_is_an_orthonormal_basis_without_eigenvalues():
     u, values = lowrank_cuda(torch.zeros(1, 63, 63, device=DEVICE), draw(1, 63, 12), 4, None, 0, 3)
     assert not values.any()
     torch.testing.assert_close(u.mT @ u, torch.eye(4, device=DEVICE)[None], rtol=0, atol=2e-6)
+
+
+# Subnet linear ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "prefix"])
+@pytest.mark.parametrize("tokens", [1, 33, 65])
+def test_subnet_linear_errs_at_most_twice_as_much_as_torch(tokens, layout, dtype):
+    from pycompress.kernels.subnet_linear import subnet_linear_cuda
+
+    n, k = 75, 401
+    weight, bias = draw(n, k, dtype=dtype) / k**0.5, draw(n, seed=1, dtype=dtype)
+    stored = torch.full((n + 3, k + 5), torch.nan, dtype=dtype, device=DEVICE)[:n, :k].copy_(weight)
+    stored = {"rows": weight, "columns": weight.T.contiguous().T, "prefix": stored}[layout]
+    generator = torch.Generator().manual_seed(2)
+    some_rows, some_columns = (torch.randint(0, size, (size // 2,), generator=generator).to(DEVICE) for size in (n, k))
+    for rows, columns in ((some_rows, None), (None, some_columns), (some_rows, some_columns)):
+        small, its_bias = (weight, bias) if rows is None else (weight[rows], bias[rows])
+        small = small if columns is None else small[:, columns]
+        x = draw(tokens, small.shape[1], seed=3, dtype=dtype)
+        y = subnet_linear_cuda(x, stored, bias, rows, columns)
+        exact = linear(x.double(), small.double(), its_bias.double())
+        assert y.shape == exact.shape
+        assert y.dtype == dtype
+        floor = 1e-6 if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
+        assert relative_error(y, exact) <= 2 * relative_error(linear(x, small, its_bias), exact) + floor
+
+
+def test_subnet_linear_takes_any_leading_shape_and_empty_choices():
+    from pycompress.kernels.subnet_linear import subnet_linear_cuda
+
+    weight, rows, none = draw(63, 100), torch.arange(0, 63, 2, device=DEVICE), torch.arange(0, device=DEVICE)
+    x = draw(2, 3, 100)
+    flat = subnet_linear_cuda(x.reshape(6, 100), weight, None, rows, None)
+    assert torch.equal(subnet_linear_cuda(x, weight, None, rows, None), flat.view(2, 3, 32))
+    assert subnet_linear_cuda(x[:0], weight, None, rows, None).shape == (0, 3, 32)
+    assert subnet_linear_cuda(x, weight, None, none, None).shape == (2, 3, 0)
+    assert torch.equal(subnet_linear_cuda(x[..., :0], weight, draw(63), None, none), draw(63).expand(2, 3, 63))

@@ -234,3 +234,28 @@ def test_cuda_kernels_fit_and_multiply_on_tensor_cores(capability):
         if "fold" not in body.split("\n")[0]:
             assert "HMMA" in body, body[:200]
             assert "LDG.E.128" in body, body[:200]
+
+
+@both
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_subnet_linear_fits_and_multiplies_on_tensor_cores(tokens, transposed, capability, launches, tmp_path):
+    from pycompress.kernels.subnet_linear import subnet_linear_cuda
+
+    weight, bias = torch.zeros(4096, 1024, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
+    weight = weight.T.contiguous().T if transposed else weight
+    rows, columns = torch.zeros(2048, dtype=torch.int64), torch.zeros(512, dtype=torch.int64)
+    subnet_linear_cuda(torch.zeros(tokens, 512, dtype=torch.bfloat16), weight, bias, rows, columns)
+    check(launches, capability, tmp_path, () if tokens == 1 else ("_product_kernel",))
+
+
+@both
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float16, False), (torch.float32, True)], ids=str)
+def test_subnet_linear_fits_at_odd_sizes_and_for_many_tokens(dtype, transposed, capability, launches, tmp_path):
+    from pycompress.kernels.subnet_linear import subnet_linear_cuda
+
+    weight = torch.zeros(1001, 63, dtype=dtype).T if transposed else torch.zeros(63, 1001, dtype=dtype)
+    rows, columns = torch.zeros(31, dtype=torch.int64), torch.zeros(501, dtype=torch.int64)
+    for tokens in (33, 65):
+        subnet_linear_cuda(torch.zeros(tokens, 501, dtype=dtype), weight, None, rows, columns)
+    check(launches, capability, tmp_path, ("_product_kernel",))

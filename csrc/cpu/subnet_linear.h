@@ -12,11 +12,12 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 namespace subnet {
 
-constexpr int64_t FEW_TOKENS = 16;     // above this the packing of gemm pays
-constexpr int64_t TILE = 16;           // rows that stay in the second-level cache while all tokens use them
-constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
-constexpr int64_t SUM_BLOCK = 256;     // columns that are summed before the total takes them, to lose fewer digits
-constexpr int AT_ONCE = 8;             // columns that one pass over the sums adds
+constexpr int64_t FEW_TOKENS = 16;         // above this packing pays
+constexpr int64_t TILE = 16;               // rows that stay in the second-level cache while all tokens use them
+constexpr int64_t MIN_WORK = 1 << 16;      // weights below which waking a thread costs more than it saves
+constexpr int64_t BLOCK_TOKENS = 32 * MR;  // whose inputs of one SLICE stay in the second-level cache
+constexpr int64_t SUM_BLOCK = 256;         // columns that are summed before the total takes them, to lose fewer digits
+constexpr int AT_ONCE = 8;                 // columns that one pass over the sums adds
 
 template <class T>
 struct Layer {
@@ -131,15 +132,16 @@ void dot(const Layer<T> &layer, const S *from, int64_t from_stride) {
   }
 }
 
-// sums[token * stride + n] += the sum over R columns of x times weight; the first pass writes.
+// sums[token * stride + n] += the sum over R columns of x times weight; the first pass writes. The R columns behind
+// them are asked for meanwhile.
 template <int R, class T>
-void add_columns(const T *const (&columns)[R], const float *x, int64_t x_stride, int64_t tokens, Range range,
-                 bool first, float *sums, int64_t stride) {
+void add_columns(const T *const *columns, const float *x, int64_t x_stride, int64_t tokens, Range range, bool first,
+                 float *sums, int64_t stride) {
   int64_t n = range.begin;
   for (; n + Vec::width <= range.end; n += Vec::width) {
     Vec::reg values[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) values[i] = Vec::load(columns[i] + n);
+    for (int i = 0; i < R; ++i) values[i] = Vec::load(columns[i] + n), __builtin_prefetch(columns[R + i] + n, 0, 2);
     for (int64_t t = 0; t < tokens; ++t) {
       Vec::reg sum = first ? Vec::zero() : Vec::load(sums + t * stride + n);
 #pragma GCC unroll 8
@@ -172,16 +174,15 @@ void sum_columns(const Layer<T> &layer) {
     for (int64_t from = 0; from < s.inputs; from += SUM_BLOCK) {
       const int64_t to = least(from + SUM_BLOCK, s.inputs);
       for (int64_t p = from; p < to;) {
-        const T *columns[AT_ONCE];
-        for (int64_t i = 0; i < AT_ONCE; ++i) {
-          columns[i] = layer.weight + layer.column(least(p + i, to - 1)) * s.weight_stride;
+        const T *columns[2 * AT_ONCE];
+        for (int64_t i = 0; i < 2 * AT_ONCE; ++i) {
+          columns[i] = layer.weight + layer.column(least(p + i, s.inputs - 1)) * s.weight_stride;
         }
         if (p + AT_ONCE <= to) {
-          add_columns(columns, x + p, s.inputs, s.tokens, range, p == from, sums, height);
+          add_columns<AT_ONCE>(columns, x + p, s.inputs, s.tokens, range, p == from, sums, height);
           p += AT_ONCE;
         } else {
-          const T *one[] = {columns[0]};
-          add_columns(one, x + p, s.inputs, s.tokens, range, p == from, sums, height);
+          add_columns<1>(columns, x + p, s.inputs, s.tokens, range, p == from, sums, height);
           p += 1;
         }
       }
@@ -204,59 +205,103 @@ void sum_columns(const Layer<T> &layer) {
   }
 }
 
-// The second operand of gemm, for layouts that Matrix does not cover.
+// Asks for weights of the given outputs and inputs before they are needed: row pieces are too short for the hardware
+// to see them coming.
 template <class T>
-struct Selected {
-  const Layer<T> &layer;
-  int64_t rows;
-};
+void prefetch(const Layer<T> &layer, Range outputs, Range inputs) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const SubnetLinearArgs &s = layer.s;
+  if (s.transposed) {
+    for (int64_t p = inputs.begin; p < inputs.end; ++p) {
+      const T *column = layer.weight + layer.column(p) * s.weight_stride;
+      for (int64_t i = outputs.begin; i < outputs.end; i += LINE) __builtin_prefetch(column + layer.row(i), 0, 2);
+    }
+    return;
+  }
+  for (int64_t i = outputs.begin; i < outputs.end; ++i) {
+    const T *row = layer.weight + layer.row(i) * s.weight_stride;
+    for (int64_t p = inputs.begin; p < inputs.end; p += LINE) __builtin_prefetch(row + layer.column(p), 0, 2);
+  }
+}
 
+// Weights of NR outputs from `first` on as [depth, NR], for multiply_block.
 template <class T>
-void pack_columns(const Selected<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  const SubnetLinearArgs &s = b.layer.s;
-  const int64_t rows = least(NR, b.rows - first);
-  if (!s.transposed) {  // contiguous rows without the columns that were not asked for
+void pack_weight(const Layer<T> &layer, int64_t first, int64_t from, int64_t depth, float *out) {
+  const SubnetLinearArgs &s = layer.s;
+  const int64_t rows = least(NR, s.outputs - first);
+  if (!s.transposed && !s.columns) {
+    pack_columns(Matrix<T>{layer.weight, s.outputs, s.weight_stride, s.rows}, first, from, depth, out);
+    return;
+  }
+  if (!s.transposed) {
     T gathered[NR * SLICE];
     for (int64_t i = 0; i < rows; ++i) {
-      const T *row = b.layer.weight + b.layer.row(first + i) * s.weight_stride;
+      const T *row = layer.weight + layer.row(first + i) * s.weight_stride;
       for (int64_t p = 0; p < depth; ++p) gathered[i * SLICE + p] = row[s.columns[from + p]];
     }
     pack_columns(Matrix<T>{gathered, rows, SLICE}, 0, 0, depth, out);
     return;
   }
   for (int64_t p = 0; p < depth; ++p, out += NR) {
-    const T *column = b.layer.weight + b.layer.column(from + p) * s.weight_stride;
+    const T *column = layer.weight + layer.column(from + p) * s.weight_stride;
     int64_t j = 0;
     for (; !s.rows && j + Vec::width <= rows; j += Vec::width) Vec::store(out + j, Vec::load(column + first + j));
-    for (; j < rows; ++j) out[j] = widen(column[b.layer.row(first + j)]);
+    for (; j < rows; ++j) out[j] = widen(column[layer.row(first + j)]);
     for (; j < NR; ++j) out[j] = 0.0f;
   }
 }
 
-template <class B, class T>
-void multiply(const Layer<T> &layer, const B &b) {
-  const SubnetLinearArgs &s = layer.s;
-  float *partial = s.inputs <= SLICE ? nullptr : scratch(Slot::stage, s.tokens * s.outputs);
-  const Matrix<T> x{layer.x, s.tokens, s.x_stride};
-  gemm(x, b, s.inputs, false, s.threads, [&](float *values, const Piece &piece) {
-    for (int64_t i = 0; i < piece.rows; ++i) {
-      float *row = values + i * NR, *kept = partial + (piece.row + i) * s.outputs + piece.column;
-      for (int64_t j = 0; j < piece.columns && !piece.first; ++j) row[j] += kept[j];
-      for (int64_t j = 0; j < piece.columns && !piece.last; ++j) kept[j] = row[j];
-      if (piece.last) layer.finish(piece.row + i, piece.column, piece.columns, row);
+// Products of packed tokens, [slices, rounded tokens, SPACING], with some outputs, into [tokens, outputs].
+template <class T>
+void multiply_outputs(const Layer<T> &layer, const float *x, int64_t tokens, Range outputs, float *products) {
+  const int64_t inputs = layer.s.inputs, width = outputs.end - outputs.begin;
+  for (int64_t from = 0; from < inputs; from += SLICE, x += round_up(tokens, MR) * SPACING) {
+    const int64_t next = least(from + SLICE, inputs), depth = next - from;
+    prefetch(layer, outputs, {next, least(next + SLICE, inputs)});
+    for (int64_t j = 0; j < width; j += NR) {
+      alignas(64) float panel[NR * SLICE], values[MR * NR];
+      pack_weight(layer, outputs.begin + j, from, depth, panel);
+      for (int64_t i = 0; i < tokens; i += MR) {
+        multiply_block(x + i * SPACING, panel, depth, values);
+        const Piece piece{i, j, least(MR, tokens - i), least(NR, width - j), from == 0, next == inputs};
+        accumulate(values, piece, [&](int64_t row) { return products + row * width; });
+      }
     }
-  });
+  }
+}
+
+// Threads share the packed inputs of a block of tokens and multiply them with outputs of their own.
+template <class T>
+void multiply(const Layer<T> &layer) {
+  const SubnetLinearArgs &s = layer.s;
+  const int64_t wide = s.outputs < 8 * NR * s.threads ? NR : 4 * NR;
+  float *x =
+      scratch(Slot::rows, round_up(least(s.tokens, BLOCK_TOKENS), MR) * round_up(s.inputs, SLICE) / SLICE * SPACING);
+#pragma omp parallel num_threads(s.threads)
+  for (int64_t top = 0; top < s.tokens; top += BLOCK_TOKENS) {
+    const int64_t tokens = least(BLOCK_TOKENS, s.tokens - top), rows = round_up(tokens, MR);
+    const Matrix<T> block{layer.x + top * s.x_stride, tokens, s.x_stride};
+#pragma omp for schedule(static)
+    for (int64_t from = 0; from < s.inputs; from += SLICE) {
+      for (int64_t i = 0; i < tokens; i += MR) {
+        pack_rows(block, i, from, least(SLICE, s.inputs - from), x + (from / SLICE * rows + i) * SPACING);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t left = 0; left < s.outputs; left += wide) {
+      const int64_t width = least(wide, s.outputs - left);
+      float *products = scratch(Slot::stage, tokens * width);
+      multiply_outputs(layer, x, tokens, {left, left + width}, products);
+      for (int64_t t = 0; t < tokens; ++t) layer.finish(top + t, left, width, products + t * width);
+    }
+  }
 }
 
 template <class T>
 void run(const SubnetLinearArgs &s) {
   const Layer<T> layer{s};
   if (s.tokens > FEW_TOKENS) {
-    if (s.transposed || s.columns) {
-      multiply(layer, Selected<T>{layer, s.outputs});
-    } else {
-      multiply(layer, Matrix<T>{layer.weight, s.outputs, s.weight_stride, s.rows});
-    }
+    multiply(layer);
   } else if (s.transposed) {
     sum_columns(layer);
   } else if (s.columns) {

@@ -1,7 +1,7 @@
 """Dense linear layer over some rows and columns of a stored weight: one matrix, many subnetworks.
 
-M tokens, N rows and K columns of the weight, n and m of them in use. The weight's rows are contiguous, or its columns are
-(the transpose of a contiguous matrix), which is what a choice of columns wants: it then reads only what it uses.
+M tokens, N rows and K columns of the weight, n and m of them in use. The weight's rows are contiguous, or its columns
+are (the transpose of a contiguous matrix), which is what a choice of columns wants: it then reads only what it uses.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def subnet_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
     _check(x, weight, bias, rows, columns)
     return _op(x, weight, bias, rows, columns)
 
