@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from pycompress import _ext, storage
 from pycompress.layers import SharedLinear
 from pycompress.measure.speed import compare_speed
-from pycompress.ops import gram, lowrank
+from pycompress.ops import gram, lowrank, truncated_svd
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
 from pycompress.ops.shared_linear import shared_linear_cuda_native
 
@@ -166,9 +166,9 @@ def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...
             exact = restored(first, share)
             for tokens in tokens_of:
                 x = random(tokens, K, dtype=torch.bfloat16)
-                runs = {"Triton": [lambda s=s: shared_linear_cuda(*given(x, s, share)) for s in layers]}  # noqa: B023
+                runs = {"pycompress": [lambda s=s: shared_linear_cuda(*given(x, s, share)) for s in layers]}  # noqa: B023
                 if tokens <= 64 and isinstance(_ext.build_info()["cuda"], list):
-                    runs["CUDA"] = [lambda s=s: shared_linear_cuda_native(*given(x, s, share)) for s in layers]  # noqa: B023
+                    runs["native CUDA"] = [lambda s=s: shared_linear_cuda_native(*given(x, s, share)) for s in layers]  # noqa: B023
                 if kind == "float":
                     wholes = [(s[0], whole(s[1], s[3], share), s[2]) for s in layers]
                     runs["torch operations"] = [lambda s=s: plain(x, *s, share) for s in wholes]  # noqa: B023
@@ -177,14 +177,15 @@ def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...
                 runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in dense]  # noqa: B023
                 us = in_graphs(runs)
                 cublas = us["cuBLAS dense bf16"]
-                facts = {"keep": keep, "share": share, "storage": kind, "bytes": nbytes}
+                facts = {"keep": keep, "share": share, "bytes": nbytes}
+                group = f"{tokens} tokens" + ("" if kind == "float" else f", {kind}")
                 for who, each in us.items():
                     more = {"error": errors[who]} if who in errors else {}
                     ratio = round(cublas / each, 3)
-                    yield figure("shared_linear", f"{tokens} tokens", who, each, **facts, **more, over_cublas=ratio)
-                if "CUDA" in us:
-                    faster = min(("Triton", "CUDA"), key=us.__getitem__)
-                    print(f"faster at {tokens} tokens, keep {keep}, {share}, {kind}: {faster}", flush=True)
+                    yield figure("shared_linear", group, who, each, **facts, **more, over_cublas=ratio)
+                if "native CUDA" in us:
+                    faster = min(("pycompress", "native CUDA"), key=us.__getitem__)
+                    print(f"faster at {group}, keep {keep}, {share} shared: {faster}", flush=True)
 
 
 def shared_linear_figures() -> Iterator[Figure]:
@@ -362,11 +363,11 @@ def lowrank_figures() -> Iterator[Figure]:
     labels = torch.randint(0, clusters, (N,), device="cuda")
     exact = float(torch.linalg.eigvalsh(w.double() @ w.double().T)[:-rank].sum())
     runs: dict[str, Call] = {
-        "pycompress, Gram and eigenpairs": lambda: lowrank(gram(w), rank)[0],
-        "pycompress, from the Gram": lambda: lowrank(g, rank)[0],
-        "pycompress, from the Gram, centred": lambda: lowrank(g, rank, labels, clusters)[0],
+        "pycompress": lambda: truncated_svd(w, rank)[0],
+        "pycompress from a given Gram": lambda: lowrank(g, rank)[0],
+        "pycompress from a given Gram, centred": lambda: lowrank(g, rank, labels, clusters)[0],
+        "torch svd_lowrank": lambda: torch.svd_lowrank(w, q=rank + 8, niter=4)[0][:, :rank],
         "torch svd_lowrank, 2 iterations": lambda: torch.svd_lowrank(w, q=rank + 8, niter=2)[0][:, :rank],
-        "torch svd_lowrank, 4 iterations": lambda: torch.svd_lowrank(w, q=rank + 8, niter=4)[0][:, :rank],
         "torch eigh of the Gram": lambda: torch.linalg.eigh(g)[1][:, -rank:],
     }
     for who, call in runs.items():
