@@ -137,8 +137,10 @@ def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, pivote
 @pytest.fixture
 def early(monkeypatch):
     """Kernels that start while the one before them ends, as on a GPU of compute capability 9."""
-    for module in ("skinny", "shared_linear"):
-        monkeypatch.setattr(f"pycompress.kernels.{module}.dependent", lambda device: True)
+    from pycompress.kernels import shared_linear, skinny  # both, before either is changed
+
+    for module in (skinny, shared_linear):
+        monkeypatch.setattr(module, "dependent", lambda device: True)
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
