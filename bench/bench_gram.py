@@ -6,7 +6,7 @@ import torch
 
 from pycompress.ops import gram
 
-SHAPES = [(640, 8192), (2048, 640), (2048, 2048)]
+SHAPES = [(640, 8192), (2048, 640), (2048, 2048), (4096, 4096)]
 
 
 @pytest.mark.parametrize("who", ["pycompress", "torch matmul", "numpy matmul"])

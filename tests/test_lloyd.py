@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from pycompress.demo import gemma
 from pycompress.ops import gram, kmeans, kmeans_plus_plus, lloyd, lloyd_points
 
 
@@ -136,6 +138,20 @@ def test_inertia_is_within_half_a_percent_of_scikit_learns(n: int, d: int, k: in
     theirs = np.mean([cluster.KMeans(k, n_init=1, random_state=s).fit(x.numpy()).inertia_ for s in range(6)])
     ours = np.mean([float(kmeans(x, clusters=k, seed=s, iterations=100)[1]) for s in range(6)])
     assert ours <= 1.005 * theirs
+
+
+@pytest.mark.parametrize(("name", "k"), [("self_attn.k_proj", 32), ("self_attn.q_proj", 128), ("mlp.down_proj", 64)])
+def test_inertia_on_real_weights_is_within_half_a_percent_of_scikit_learns(name: str, k: int) -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    path = gemma.cache_folder() / gemma.FOLDER / "model.safetensors"
+    if not path.exists():
+        pytest.skip("the demo's model is not converted: run `pycompress demo` once")
+    with safe_open(path, "pt") as weights:
+        x = weights.get_tensor(f"model.layers.8.{name}.weight").float()
+    runs = range(2)
+    theirs = [cluster.KMeans(k, n_init=1, max_iter=10, tol=0, random_state=s).fit(x.numpy()).inertia_ for s in runs]
+    ours = [float(kmeans(x, clusters=k, seed=s, iterations=10)[1]) for s in runs]
+    assert np.mean(ours) <= 1.005 * np.mean(theirs)
 
 
 def test_more_restarts_never_hurt() -> None:
