@@ -111,7 +111,7 @@ def dense_model():
 def model_of(who):
     if who == "dense F.linear":
         return dense_model()
-    if who == "dense":
+    if who == "dense, our kernel":
         return with_linears(dense_model(), lambda name, linear: Dense(linear))
     return with_linears(
         dense_model(),
@@ -140,9 +140,9 @@ def same_logits(a, b):
 @pytest.mark.parametrize(
     ("phase", "who"),
     [
-        *(("decode", who) for who in ("dense F.linear", "dense", *COMPRESSED)),
-        *(("compiled decode", who) for who in ("dense", "keep 0.5", "keep 0.2", "keep 0.1")),
-        *(("prefill", who) for who in ("dense F.linear", "dense", *COMPRESSED)),
+        *(("decode", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED)),
+        *(("compiled decode", who) for who in ("dense, our kernel", "keep 0.5", "keep 0.2", "keep 0.1")),
+        *(("prefill", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED)),
     ],
 )
 def test_model(race, phase, who):
@@ -152,7 +152,7 @@ def test_model(race, phase, who):
         run = Generation(model, 1, PROMPT, NEW_TOKENS * (ROUNDS + 1), compile=phase == "compiled decode")
         run.restart()
         run.prefill()
-        assert phase != "decode" or who != "dense" or same_logits(dense_model(), model)
+        assert phase != "decode" or who != "dense, our kernel" or same_logits(dense_model(), model)
 
     @torch.inference_mode()
     def decode():

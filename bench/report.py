@@ -103,16 +103,14 @@ def _commit(result: dict[str, Any]) -> str:
 def gpu_groups(figures: list[dict[str, Any]]) -> Groups:
     """Figures of one op and group, by keep and share; those without a keep are peers at every keep."""
     groups: Groups = {}
-    names = {(f["op"], f["group"]): [] for f in figures}
     for figure in figures:
         variant = "".join(f", {fact} {figure[fact]}" for fact in ("keep", "share") if fact in figure)
-        name = f"{figure['op']}, {figure['group']}{variant}"
-        if name not in names[figure["op"], figure["group"]]:
-            names[figure["op"], figure["group"]].append(name)
-        groups.setdefault(name, {})[figure["who"]] = {"median_ms": figure["us"] / 1e3} | figure
-    for plain, *variants in names.values():
-        for variant in variants:
-            groups[variant] |= {who: entry for who, entry in groups[plain].items() if "keep" not in entry}
+        entries = groups.setdefault(f"{figure['op']}, {figure['group']}{variant}", {})
+        entries[figure["who"]] = {"median_ms": figure["us"] / 1e3} | figure
+    for name, entries in groups.items():
+        whole, keep, _ = name.partition(", keep ")
+        if keep:
+            entries |= groups.get(whole, {})
     return groups
 
 
@@ -204,6 +202,7 @@ def plots(machine: Machine) -> dict[str, tuple[str, Callable[[Figure], None]]]:
 def _draw_speedup(figure: Figure, rows: list[Row]) -> None:
     """A panel a kind of work: measured ratios over keep as lines, what was asked as hollow marks."""
     works = list(dict.fromkeys(row.comparison.work for row in rows))
+    peers = list(dict.fromkeys(row.comparison.peer for row in rows))
     figure.set_size_inches(4 * len(works), 4)
     for axis, work in zip(figure.subplots(1, len(works), squeeze=False)[0], works, strict=True):
         lines: dict[str, list[Row]] = {}
@@ -211,7 +210,6 @@ def _draw_speedup(figure: Figure, rows: list[Row]) -> None:
             if row.comparison.work == work:
                 series = row.comparison.peer, *re.findall(r"share \w+|int\d", row.work)
                 lines.setdefault(", ".join(series), []).append(row)
-        peers = list(dict.fromkeys(line[0].comparison.peer for line in lines.values()))
         for name, line in lines.items():
             colour = f"C{peers.index(line[0].comparison.peer)}"
             style = "--" if "share input" in name else "-"
@@ -234,7 +232,6 @@ def _draw_shares(figure: Figure, shares: list[tuple[str, dict[str, Any]]]) -> No
             places, [shares[place][1]["share_of_limit"] for place in places], color=colour, label=f"{bound}-bound"
         )
     axis.set_yticks(range(len(shares)), [name for name, _ in shares], fontsize="x-small")
-    axis.invert_yaxis()
     axis.axvline(1, color="0.7", linewidth=1)
     axis.set(xlabel="share of the machine's limit", xlim=(0, None), ylim=(len(shares) - 0.5, -0.5))
     axis.legend(frameon=False)

@@ -31,9 +31,9 @@ def keeps(half: float, fifth: float, tenth: float) -> dict[str, float]:
     return {"0.5": half, "0.2": fifth, "0.1": tenth}
 
 
-SHARED = r"bf16, {} tokens, 4096x11008, keep [\d.]+, share (output|input): pycompress"
-CODED = r".*int4.*: pycompress"
-SUBNET = r"subnet, bf16, {} tokens, 4096x11008, {}: pycompress"
+SHARED = r"bf16, {} tokens?, 4096x11008, keep [\d.]+, share (output|input): pycompress"
+CODED = r"bf16, 1 token, 4096x11008: (pycompress|int4, whole matrix)"
+SUBNET = r"subnet, bf16, {} tokens?, 4096x11008, {}: pycompress"
 DECODE = r"decode of \d+ tokens, Llama of 1.1B in bf16: keep [\d.]+"
 KMEANS = r"k-means, 4096 points of 4096, k=512: pycompress"
 LLOYD = r"\d+ Lloyd iterations, 4096 points of 4096, k=512: pycompress"
@@ -53,9 +53,9 @@ COMPARISONS = (
     Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "full"), LIMIT, 0.8),
     Comparison("subnet_linear, all, 128 tokens", "cpu", SUBNET.format(128, "full"), "dense F.linear", 1),
     Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "50% of .*"), "full", 1.8),
-    Comparison("decode", "cpu", DECODE, "dense", keeps(1.8, 3.5, 5)),
+    Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
-    Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense", keeps(1.8, 3.5, 5)),
+    Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "scikit-learn", 30),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "faiss", 5),
     Comparison("Lloyd, an iteration, k=512", "cpu", LLOYD, "pycompress on points", 6),
