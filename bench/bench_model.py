@@ -126,9 +126,15 @@ def _models_go_with_the_module():
     dense_model.cache_clear()
 
 
-def matrices(model):
-    """What a decode step reads whole: all but the embedding."""
-    return [tensor for tensor in (*model.model.layers.parameters(), model.lm_head.weight) if tensor.ndim == 2]
+def streamed(model):
+    """Bytes a decode step reads: all but the embedding."""
+    layers = model.model.layers
+    return sum(tensor.nbytes for tensor in (*layers.parameters(), *layers.buffers(), model.lm_head.weight))
+
+
+def multiplied(model):
+    """Numbers a prompt's token is multiplied by: all but the head, which takes the last token only."""
+    return sum(len(matrix) * width_of(matrix) for matrix in model.model.layers.parameters() if matrix.ndim == 2)
 
 
 def same_logits(a, b):
@@ -165,10 +171,9 @@ def test_model(race, phase, who):
         run.restart()
         run.prefill()
 
-    read = matrices(model)
     if phase == "prefill":
-        numbers = sum(len(matrix) * width_of(matrix) for matrix in read[:-1])
-        race(f"prefill of {PROMPT} tokens, {NAME}", who, prefill, rounds=3, flops=2 * PROMPT * numbers, dtype="bf16")
+        flops = 2 * PROMPT * multiplied(model)
+        race(f"prefill of {PROMPT} tokens, {NAME}", who, prefill, rounds=3, flops=flops, dtype="bf16")
     else:
-        nbytes = NEW_TOKENS * sum(matrix.nbytes for matrix in read)
+        nbytes = NEW_TOKENS * streamed(model)
         race(f"{phase} of {NEW_TOKENS} tokens, {NAME}", who, decode, rounds=ROUNDS, bytes=nbytes, tokens=NEW_TOKENS)
