@@ -262,8 +262,8 @@ void multiply_outputs(const Layer<T> &layer, const float *x, int64_t tokens, Ran
       alignas(64) float panel[NR * SLICE], values[MR * NR];
       pack_weight(layer, outputs.begin + j, from, depth, panel);
       for (int64_t i = 0; i < tokens; i += MR) {
-        multiply_block(x + i * SPACING, panel, depth, values);
         const Piece piece{i, j, least(MR, tokens - i), least(NR, width - j), from == 0, next == inputs};
+        multiply_block(x + i * SPACING, panel, piece.columns, depth, values);
         accumulate(values, piece, [&](int64_t row) { return products + row * width; });
       }
     }
