@@ -7,6 +7,13 @@ namespace pycompress::PYCOMPRESS_LEVEL {
 
 constexpr int64_t PAIR = 2 * Vec::width;
 
+template <class T>
+void widen_all(const T *from, int64_t count, float *to) {
+  int64_t i = 0;
+  for (; i + Vec::width <= count; i += Vec::width) Vec::store(to + i, Vec::load(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
 inline int64_t padded(int64_t count) { return round_up(count, PAIR); }
 
 // Products in float. Vectors are widened beforehand, into the order in which load_pair brings a row: evens then odds of
@@ -18,6 +25,11 @@ struct Widened {
     Vec::reg low, high;
   };
 
+  static void prepare(const T *from, int64_t count, float *to) {
+    int64_t p = 0;
+    for (; p + PAIR <= count; p += PAIR) put(load(from + p), to + p);
+    if (p < count) put(load(from + p, count - p), to + p);
+  }
   template <class S>
   static void prepare(const S *from, int64_t count, float *to) {
     for (int64_t p = 0; p < padded(count); ++p) {
@@ -40,6 +52,10 @@ struct Widened {
   }
 
  private:
+  static void put(const Loaded &loaded, float *to) {
+    Vec::store(to, loaded.low);
+    Vec::store(to + Vec::width, loaded.high);
+  }
   static int64_t position(int64_t p, Bf16) { return p < Vec::width ? 2 * p : 2 * (p - Vec::width) + 1; }
   template <class Other>
   static int64_t position(int64_t p, Other) {
@@ -80,9 +96,11 @@ template <class P, class T>
 struct Rows {
   using X = typename P::X;
   static constexpr int64_t UNIT = PAIR;  // columns of one load
+  static constexpr int TOGETHER = 8;     // rows that are multiplied with one vector at a time
   const T *data;
   int64_t stride;
 
+  const void *at(int64_t row, int64_t p) const { return data + row * stride + p; }
   auto load(int64_t row, int64_t p) const { return P::load(data + row * stride + p); }
   auto load(int64_t row, int64_t p, int64_t count) const { return P::load(data + row * stride + p, count); }
   template <class Loaded>
@@ -103,6 +121,7 @@ inline void dot_rows(const M &w, int64_t row, const Vectors<typename M::X> &x, f
   for (; p + M::UNIT <= x.size; p += M::UNIT) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
+      __builtin_prefetch(w.at(row + i + R, p));  // the rows after these: rows are too short for the hardware to follow
       const auto loaded = w.load(row + i, p);
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sums[i][v] = M::step(sums[i][v], loaded, x.data + v * x.stride + p);
@@ -141,7 +160,7 @@ template <class M>
 inline void dot_all(const M &w, Range rows, Vectors<typename M::X> x, float *out, int64_t out_stride) {
   for (; x.count > 0; x.data += 4 * x.stride, x.count -= 4, out += 4 * out_stride) {
     if (x.count == 1) {
-      dot_range<8, 1>(w, rows, x, out, out_stride);
+      dot_range<M::TOGETHER, 1>(w, rows, x, out, out_stride);
     } else if (x.count == 2) {
       dot_range<4, 2>(w, rows, x, out, out_stride);
     } else if (x.count == 3) {

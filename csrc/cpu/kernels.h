@@ -110,7 +110,7 @@ PYCOMPRESS_DECLARE(avx512bf16)
 #undef PYCOMPRESS_DECLARE
 
 // Buffers that a calling thread keeps between calls, so that a decode step allocates nothing.
-enum class Slot : int { rows, columns, stage, wide, similarity, centroids, small, permuted, count };
+enum class Slot : int { rows, columns, stage, wide, similarity, centroids, small, permuted, scales, count };
 float *scratch(Slot slot, int64_t floats);
 int64_t *scratch_ints(int64_t count);
 

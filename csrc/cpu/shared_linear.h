@@ -9,6 +9,7 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 
 constexpr int64_t FEW_TOKENS = 24;     // above this the packing of gemm pays
+constexpr int64_t PIECE = 16;          // rows of stage one that a thread takes at least
 constexpr int64_t TILE = 64;           // rows whose stage-two products are finished together
 constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
 
@@ -42,23 +43,22 @@ struct Layer {
     input = permuted + s.r, input_stride = s.inputs;
   }
 
-  // What of a token's row of `reduced` is no product: inputs summed by label, and the pivots' own inputs.
-  void complete(int64_t token, float *reduced) const {
-    if (!s.share_input) return;
+  bool sums_by_label() const { return s.share_input && s.k; }
+  void sum_by_label(int64_t token, float *reduced) const {
     const T *row = x + token * s.x_stride;
     for (int64_t c = 0; c < s.k; ++c) reduced[c] = 0.0f;
-    for (int64_t j = 0; j < s.inputs && s.k; ++j) reduced[labels[j]] += widen(row[j]);
-    for (int64_t j = 0; j < s.pivots(); ++j) reduced[s.k + j] += widen(row[channels[j]]);
+    for (int64_t j = 0; j < s.inputs; ++j) reduced[labels[j]] += widen(row[j]);
+  }
+
+  // The pivots' own inputs and outputs, once stage one's products are in `reduced`.
+  void finish_pivots(int64_t token, float *reduced) const {
+    if (!s.share_input) return put(token, 0, s.pivots(), reduced + s.k, reduced);
+    for (int64_t j = 0; j < s.pivots(); ++j) reduced[s.k + j] += widen(x[token * s.x_stride + channels[j]]);
   }
 
   // y of one token from rows `from` on of `second`: product, its centroid's product and bias.
   void finish(int64_t token, int64_t from, int64_t count, const float *product, const float *reduced) const {
     put(token, from + (s.share_input ? 0 : s.pivots()), count, product, reduced);
-  }
-
-  // y of the pivots, whose product is the token's low-rank part itself.
-  void finish_pivots(int64_t token, const float *reduced) const {
-    if (!s.share_input) put(token, 0, s.pivots(), reduced + s.k, reduced);
   }
 
  private:
@@ -89,18 +89,26 @@ void few_tokens(const Layer<T, S> &layer) {
   }
   const int64_t work = layer.first.rows * layer.first_size + layer.second.rows * layer.second_size;
   const int threads = static_cast<int>(least(s.threads, work / MIN_WORK + 1));
+  const int64_t pieces = (layer.first.rows + PIECE - 1) / PIECE, sums = layer.sums_by_label() ? s.tokens : 0;
 
 #pragma omp parallel num_threads(threads)
   {
     const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-    const Range rows = share_of(layer.first.rows, 8, part, parts);
     const Vectors<typename First::X> tokens{x, s.tokens, layer.first_size, x_size};
-    layer.first.template dot<First>(rows, tokens, reduced + layer.first_at + rows.begin, layer.width);
-#pragma omp barrier
+    // Guided: a thread's rows are neighbours, and the sums of a token, which are one piece so that their order is that
+    // of any number of threads, come last.
+#pragma omp for schedule(guided)
+    for (int64_t piece = 0; piece < pieces + sums; ++piece) {
+      if (piece >= pieces) {
+        layer.sum_by_label(piece - pieces, reduced + (piece - pieces) * layer.width);
+        continue;
+      }
+      const Range rows{piece * PIECE, least(layer.first.rows, (piece + 1) * PIECE)};
+      layer.first.template dot<First>(rows, tokens, reduced + layer.first_at + rows.begin, layer.width);
+    }
 #pragma omp single
     for (int64_t t = 0; t < s.tokens; ++t) {
       float *row = reduced + t * layer.width;
-      layer.complete(t, row);
       layer.finish_pivots(t, row);
       Second::prepare(row + layer.second_at, layer.second_size, operand + t * operand_size);
     }
@@ -127,7 +135,7 @@ void many_tokens(const Layer<T, S> &layer) {
   });
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
-    layer.complete(t, reduced + t * layer.width);
+    if (layer.sums_by_label()) layer.sum_by_label(t, reduced + t * layer.width);
     layer.finish_pivots(t, reduced + t * layer.width);
   }
 
@@ -182,7 +190,7 @@ void shared_linear_gather(const SharedLinearArgs &s, float *reduced, const float
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
     float *row = reduced + t * layer.width;
-    layer.complete(t, row);
+    if (layer.sums_by_label()) layer.sum_by_label(t, row);
     layer.finish_pivots(t, row);
     if (!s.share_input) layer.finish(t, 0, layer.second.rows, product + t * layer.second.rows, row);
   }

@@ -9,8 +9,8 @@ namespace pycompress::PYCOMPRESS_LEVEL {
 
 template <class T>
 struct Floats : Matrix<T> {
-  using Exact = Direct<T>;  // how vectors of T are prepared, and vectors of float
-  using Wide = Widened<T>;
+  using Exact = Direct<T>;  // prepares vectors of T
+  using Wide = Widened<T>;  // prepares vectors of float
 
   Floats(const void *values, const void *, int64_t rows, int64_t size)
       : Matrix<T>{static_cast<const T *>(values), rows, size} {}
@@ -21,10 +21,19 @@ struct Floats : Matrix<T> {
   }
 };
 
+// Vectors for codes: floats in their own order.
+struct Natural : Widened<int8_t> {
+  template <class S>
+  static void prepare(const S *from, int64_t count, float *to) {
+    widen_all(from, count, to);
+    for (int64_t p = count; p < padded(count); ++p) to[p] = 0.0f;
+  }
+};
+
 template <class T>
 struct Int8 {
-  using Exact = Widened<int8_t>;
-  using Wide = Widened<int8_t>;
+  using Exact = Natural;
+  using Wide = Natural;
   const int8_t *codes;
   const T *scales;  // one a row
   int64_t rows, size;
@@ -46,31 +55,27 @@ struct Int8 {
   }
 };
 
-template <class T>
-struct Int4 {
-  using Exact = Widened<int8_t>;
-  using Wide = Widened<int8_t>;
+// Rows of int4 codes, their scales widened.
+struct Int4Rows {
   using X = float;
   static constexpr int64_t BLOCK = 32, GROUP = 64;      // columns of 16 bytes, and of a scale
   static constexpr int REGISTERS = BLOCK / Vec::width;  // of a block's values
   static constexpr int BLOCKS = REGISTERS > 2 ? 1 : 2;  // of a load
   static constexpr int64_t UNIT = BLOCKS * BLOCK;
+  static constexpr int TOGETHER = 4;  // two pointers a row
   struct Loaded {
     Vec::reg values[BLOCKS * REGISTERS];
   };
   const uint8_t *codes;
-  const T *scales;
-  int64_t rows, size, groups = (size + GROUP - 1) / GROUP;
+  const float *scales;
+  int64_t bytes, groups;  // of a row
 
-  Int4(const void *codes, const void *scales, int64_t rows, int64_t size)
-      : codes(static_cast<const uint8_t *>(codes)), scales(static_cast<const T *>(scales)), rows(rows), size(size) {}
-
+  const void *at(int64_t row, int64_t p) const { return codes + row * bytes + (p >> 1); }
   Loaded load(int64_t row, int64_t p, int64_t count = UNIT) const {
-    const uint8_t *at = codes + (row * size + p) / 2;
-    const float scale = widen(scales[row * groups + p / GROUP]);
+    const uint8_t *at = codes + row * bytes + (p >> 1);
     Loaded loaded{};
     for (int i = 0; i < BLOCKS && i * BLOCK < count; ++i) {
-      Vec::load_int4(at + i * BLOCK / 2, scale, loaded.values + i * REGISTERS);
+      Vec::load_int4(at + i * BLOCK / 2, scales[row * groups + (p >> 6)], loaded.values + i * REGISTERS);
     }
     return loaded;
   }
@@ -80,16 +85,41 @@ struct Int4 {
     }
     return sum;
   }
+};
+
+template <class T>
+struct Int4 {
+  using Exact = Natural;
+  using Wide = Natural;
+  const uint8_t *codes;
+  const T *scales;  // one a GROUP of a row
+  int64_t rows, bytes, groups;
+
+  Int4(const void *codes, const void *scales, int64_t rows, int64_t size)
+      : codes(static_cast<const uint8_t *>(codes)),
+        scales(static_cast<const T *>(scales)),
+        rows(rows),
+        bytes(size / 2),
+        groups((size + Int4Rows::GROUP - 1) / Int4Rows::GROUP) {}
 
   template <class P>
   void dot(Range range, const Vectors<float> &x, float *out, int64_t out_stride) const {
-    dot_all(*this, range, x, out, out_stride);
+    constexpr int64_t SOME = 16;  // rows whose widened scales stay in the first-level cache
+    float *wide = scratch(Slot::scales, SOME * groups);
+    for (int64_t from = range.begin; from < range.end; from += SOME, out += SOME) {
+      const int64_t count = least(SOME, range.end - from);
+      widen_all(scales + from * groups, count * groups, wide);
+      dot_all(Int4Rows{codes + from * bytes, wide, bytes, groups}, Range{0, count}, x, out, out_stride);
+    }
   }
   void unpack(int64_t row, int64_t from, int64_t count, float *out) const {
-    for (int64_t p = from; p < from + count; p += BLOCK) {
-      Vec::reg values[REGISTERS];
-      Vec::load_int4(codes + (row * size + p) / 2, widen(scales[row * groups + p / GROUP]), values);
-      for (int i = 0; i < REGISTERS; ++i, out += Vec::width) Vec::store(out, values[i]);
+    for (int64_t p = from; p < from + count; p += Int4Rows::BLOCK) {
+      Vec::reg values[Int4Rows::REGISTERS];
+      Vec::load_int4(codes + row * bytes + p / 2, widen(scales[row * groups + p / Int4Rows::GROUP]), values);
+      for (const Vec::reg &value : values) {
+        Vec::store(out, value);
+        out += Vec::width;
+      }
     }
   }
 };
