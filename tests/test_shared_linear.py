@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pycompress import storage
 from pycompress.ops import kernel_in_use, shared_linear
+from pycompress.ops.shared_linear import shared_linear_of_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, K, k, r
@@ -341,6 +342,23 @@ def _to_stacked(grad: Tensor, case: Case) -> Tensor:
     member = F.one_hot(case.labels.long()).float()
     stacked = torch.cat([member, whole], dim=1).T @ rows
     return stacked if case.share == "output" else stacked.T
+
+
+@pytest.mark.parametrize("stored", ["float", "int8"])
+def test_a_layer_checks_its_input_and_no_more(stored: str) -> None:
+    case = _case("output", (9, 7, 4, 3), torch.float32, stored=stored)
+    x = torch.randn(2, 7)
+
+    def layer(x: Tensor) -> Tensor:
+        return shared_linear_of_layer(x, *case.arguments(), "output", 7)
+
+    assert torch.equal(layer(x), shared_linear(x, *case.arguments(), share="output"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), shared_linear(x, *case.arguments(), share="output"))
+    with pytest.raises(ValueError, match=r"7 features in its last dimension, got \(2, 8\)"):
+        layer(torch.zeros(2, 8))
+    with pytest.raises(TypeError, match="must share one dtype"):
+        layer(x.bfloat16())
 
 
 def test_autocast_leaves_float64_alone_and_traces_in_one_graph() -> None:

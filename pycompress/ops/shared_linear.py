@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pycompress import _ext, storage
 from pycompress.ops._library import kernel_in_use, register, triton_kernel
+from pycompress.ops._shared_linear_checks import check_dtypes, check_scales, check_sizes
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
@@ -121,20 +122,23 @@ def _cpu(
 ) -> Tensor:
     if x.dtype not in DTYPE_CODES:
         return shared_linear_ref(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    stacked, rank = (storage.width_of(weight), len(factor)) if share_input else (len(weight), storage.width_of(factor))
-    outputs = _outputs(weight, factor, channels, share_input)
-    y = torch.empty((rows.shape[0], outputs), dtype=x.dtype)
     # Held here until the call is over: an address keeps no temporary alive.
     tensors = [
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (weight, factor, labels, channels, bias, weight_scales, factor_scales)
     ]
-    sizes = (*rows.shape, outputs, stacked - rank, rank, rows.stride(0))
-    if x.dtype == torch.float32 and weight_scales is None and len(rows) >= PREFILL:
-        _cpu_prefill(rows, tensors[:5], y, sizes, share_input)
+    inputs = x.shape[-1]
+    rows = x if x.is_contiguous() else x.reshape(-1, inputs)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    row_stride = rows.stride(0) if rows.ndim == 2 else inputs
+    stacked, rank = (storage.width_of(weight), len(factor)) if share_input else (len(weight), storage.width_of(factor))
+    outputs = _outputs(weight, factor, channels, share_input)
+    tokens = math.prod(x.shape[:-1])
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    sizes = (tokens, inputs, outputs, stacked - rank, rank, row_stride)
+    if x.dtype == torch.float32 and weight_scales is None and tokens >= PREFILL:
+        _cpu_prefill(rows.view(tokens, inputs), tensors[:5], y.view(tokens, outputs), sizes, share_input)
     else:
         _ext.C.shared_linear(
             *map(_ext.address, (rows, *tensors, y)),
@@ -145,7 +149,7 @@ def _cpu(
             share_input,
             _ext.threads(),
         )
-    return y.view(*x.shape[:-1], outputs)
+    return y
 
 
 def _wide(labels: Tensor | None, channels: Tensor | None) -> bool:
@@ -352,26 +356,19 @@ def shared_linear(
     """
     if share not in ("output", "input"):
         raise ValueError(f'share must be "output" or "input", got {share!r}')
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, factor, bias, weight_scales, factor_scales = (
             _cast(tensor, dtype) for tensor in (x, weight, factor, bias, weight_scales, factor_scales)
         )
-    _check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
-    _check_sizes(x, weight, factor, labels, channels, bias, share)
-    _check_scales("weight", weight, weight_scales)
-    _check_scales("factor", factor, factor_scales)
+    check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
+    check_sizes(x, weight, factor, labels, channels, bias, share)
+    check_scales("weight", weight, weight_scales)
+    check_scales("factor", factor, factor_scales)
     return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """What `torch.autocast` does to the arguments of `F.linear`: floats but float64 take its dtype."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
-
-
-def _check_dtypes(
+def shared_linear_of_layer(
     x: Tensor,
     weight: Tensor,
     factor: Tensor,
@@ -380,58 +377,24 @@ def _check_dtypes(
     bias: Tensor | None,
     weight_scales: Tensor | None,
     factor_scales: Tensor | None,
-) -> None:
-    floats = {"x": x, "weight": weight, "factor": factor, "bias": bias}
-    if storage.storage_of(weight) != "float":
-        if factor.dtype != weight.dtype or weight_scales is None or factor_scales is None:
-            raise TypeError(
-                f"weight and factor must both be int8 or both int4 codes, each with its scales, got {weight.dtype} and "
-                f"{factor.dtype}, {'no scales' if weight_scales is None or factor_scales is None else 'scales'}"
-            )
-        floats = {"x": x, "weight_scales": weight_scales, "factor_scales": factor_scales, "bias": bias}
-    elif weight_scales is not None or factor_scales is not None:
-        raise TypeError(f"scales belong to int8 or int4 codes, got them with a weight in {weight.dtype}")
-    given = {name: tensor.dtype for name, tensor in floats.items() if tensor is not None}
-    if any(dtype != x.dtype for dtype in given.values()):
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
-        raise TypeError(f"{', '.join(given)} must share one dtype, got {listed}: convert x first")
-    indices = [t.dtype for t in (labels, channels) if t is not None]
-    if any(dtype not in (torch.int16, torch.int32) or dtype != indices[0] for dtype in indices):
-        raise TypeError(f"labels and channels must both be int16 or both int32, got {', '.join(map(str, indices))}")
-
-
-def _check_sizes(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
     share: str,
-) -> None:
-    along = 0 if share == "output" else 1
-    stacked, packed = (len(weight), storage.width_of(weight)), (len(factor), storage.width_of(factor))
-    rank = packed[1 - along]
-    shared = packed[along] + (0 if channels is None else rank)
-    clusters = stacked[along] - rank
-    outputs, inputs = (shared, stacked[1]) if share == "output" else (stacked[0], shared)
-    if x.shape[-1] != inputs:
-        raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
-    if clusters < 0:
-        raise ValueError(f"the rank {rank} of factor {packed} exceeds weight {stacked}")
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must be [{outputs}], got {tuple(bias.shape)}")
-    if (labels is None) != (clusters == 0):
-        given = "None" if labels is None else tuple(labels.shape)
-        raise ValueError(f"labels must be given exactly when there are clusters, got k = {clusters} and {given}")
-    for name, index in (("labels", labels), ("channels", channels)):
-        if index is not None and index.shape != (shared,):
-            raise ValueError(f"{name} must be [{shared}], got {tuple(index.shape)}")
+    inputs: int,
+) -> Tensor:
+    """`shared_linear` for a layer whose tensors fit each other: only `x` is checked, against `inputs` features."""
+    dtype = weight.dtype if weight_scales is None else weight_scales.dtype
+    if x.dtype != dtype or x.shape[-1] != inputs or _autocasts(x):
+        tensors = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
+        return shared_linear(x, *tensors, share=share)
+    return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
 
 
-def _check_scales(name: str, stored: Tensor, scales: Tensor | None) -> None:
-    if scales is None:
-        return
-    expected = storage.scales_shape(len(stored), storage.width_of(stored), storage.storage_of(stored))
-    if scales.shape != expected:
-        raise ValueError(f"{name}_scales must be {list(expected)}, got {list(scales.shape)}")
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """What `torch.autocast` does to the arguments of `F.linear`: floats but float64 take its dtype."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
