@@ -87,3 +87,44 @@ def test_shared_linear(race, cold_copies, tokens, share, keep, dtype, who):
         flops=2 * tokens * multiplied,
         bytes=nbytes,
     )
+
+
+@pytest.mark.parametrize("who", ["pycompress", "dense by our kernel", "dense F.linear", "plain read"])
+@pytest.mark.parametrize("keep", [0.5, 0.2, 0.1])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_large_layer(race, cold_copies, tokens, share, keep, who):
+    """A down projection of a 7B model at rank 64; the plain read is of as many bytes as our layer has."""
+    outputs, inputs, rank = 4096, 11008, 64
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, inputs, generator=generator).bfloat16()
+    length, other = (inputs, outputs) if share == "output" else (outputs, inputs)
+    clusters = int((keep * outputs * inputs - other * rank) / length) - rank
+    stacked = (clusters + rank, inputs) if share == "output" else (outputs, clusters + rank)
+    factor = (outputs, rank) if share == "output" else (rank, inputs)
+    labels = torch.randint(0, clusters, (other,), generator=generator).to(torch.int16)
+    ours = 2 * clusters * length + 2 * rank * (length + other)
+    if who == "pycompress":
+        shapes, run = (stacked, factor), lambda w, f: shared_linear(x, w, f, labels, share=share)
+    elif who == "dense by our kernel":
+        empty, rows = torch.empty(outputs, 0, dtype=x.dtype), torch.arange(outputs, dtype=torch.int16)
+        shapes, run = ((outputs, inputs),), lambda w: shared_linear(x, w, empty, rows, share="output")
+    elif who == "dense F.linear":
+        shapes, run = ((outputs, inputs),), lambda w: linear(x, w)
+    else:
+        shapes, run = ((1, ours // 2),), lambda w: w[0, : ours // 4 * 2].view(torch.float32).sum()
+    tensors = [(torch.randn(shape, generator=generator) / length**0.5).bfloat16() for shape in shapes]
+    if who == "pycompress":
+        expected = composite(x.double(), *(t.double() for t in tensors), labels, share)
+        assert (run(*tensors).double() - expected).norm() <= 3e-2 * expected.norm()
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    sets = itertools.cycle([[tensor.clone() for tensor in tensors] for _ in range(cold_copies(nbytes))])
+    race(
+        f"bf16, {tokens} tokens, {outputs}x{inputs}, keep {keep}, share {share}",
+        who,
+        run,
+        setup=lambda: (tuple(next(sets)), {}),
+        rounds=30 if tokens == 1 else 7,
+        flops=2 * tokens * sum(tensor.numel() for tensor in tensors),
+        bytes=nbytes,
+    )
