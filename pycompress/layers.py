@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.ops.shared_linear import kernel_in_use, shared_linear
+from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
 from pycompress.storage import CODES, scales_shape, stored_shape
 
 
@@ -57,7 +57,8 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (self.weight, self.factor, self.labels, self.channels, self.bias)
-        return shared_linear(x, *tensors, self.weight_scales, self.factor_scales, share=self.share)
+        scales = (self.weight_scales, self.factor_scales)
+        return shared_linear_of_layer(x, *tensors, *scales, self.share, self.in_features)
 
     def extra_repr(self) -> str:
         return (
