@@ -54,6 +54,7 @@ else
 endif
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt bitsandbytes faiss-cpu
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python bench/compact.py build/bench.json
