@@ -37,7 +37,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """`cases`: the last one also by the published method; more than one takes minutes each. Windows are of `window` tokens; speed is for one sequence."""
+    """`cases`: each takes minutes; the last one also by the published method. Windows are of `window` tokens; speed is for
+    one sequence.
+    """
 
     cases: tuple[Case, ...] = (Case(0.25, "int4"),)
     window: int = 512
