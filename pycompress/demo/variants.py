@@ -37,8 +37,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """`cases`: each takes minutes; the last one also by the published method. Windows are of `window` tokens; speed is for
-    one sequence.
+    """`cases`: each takes minutes; the last one also by the published method. Windows are of `window` tokens; speed is
+    for one sequence.
     """
 
     cases: tuple[Case, ...] = (Case(0.25, "int4"),)
