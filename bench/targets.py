@@ -33,7 +33,7 @@ def keeps(half: float, fifth: float, tenth: float) -> dict[str, float]:
 
 SHARED = r"bf16, {} tokens?, 4096x11008, keep [\d.]+, share (output|input): pycompress"
 CODED = r"bf16, 1 token, 4096x11008: (pycompress|int4, whole matrix)"
-SUBNET = r"subnet, bf16, {} tokens?, 4096x11008, {}: pycompress"
+SUBNET = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
 DECODE = r"decode of \d+ tokens, Llama of 1.1B in bf16: keep [\d.]+"
 KMEANS = r"k-means, 4096 points of 4096, k=512: pycompress"
 LLOYD = r"\d+ Lloyd iterations, 4096 points of 4096, k=512: pycompress"
@@ -44,15 +44,15 @@ LOWRANK_ON_GPU = r"lowrank, rank 128 of 4096x11008.*: pycompress"
 
 COMPARISONS = (
     Comparison("shared_linear, 1 token", "cpu", SHARED.format(1), "dense F.linear", keeps(4, 10, 16)),
-    Comparison("shared_linear, 1 token", "cpu", SHARED.format(1), "dense, our kernel", keeps(1.8, 4, 7)),
+    Comparison("shared_linear, 1 token", "cpu", SHARED.format(1), "dense by our kernel", keeps(1.8, 4, 7)),
     Comparison("shared_linear, 1 token", "cpu", SHARED.format(1), LIMIT, 0.8),
     Comparison("shared_linear, 128 tokens", "cpu", SHARED.format(128), "dense F.linear", keeps(1.7, 4, 7)),
-    Comparison("shared_linear, 128 tokens", "cpu", SHARED.format(128), "dense, our kernel", {}),
+    Comparison("shared_linear, 128 tokens", "cpu", SHARED.format(128), "dense by our kernel", {}),
     Comparison("shared_linear in int4, 1 token", "cpu", CODED, "bitsandbytes NF4", 1),
-    Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "full"), "dense F.linear", 2),
-    Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "full"), LIMIT, 0.8),
-    Comparison("subnet_linear, all, 128 tokens", "cpu", SUBNET.format(128, "full"), "dense F.linear", 1),
-    Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "50% of .*"), "full", 1.8),
+    Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "all"), "dense F.linear", 2),
+    Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "all"), LIMIT, 0.8),
+    Comparison("subnet_linear, all, 128 tokens", "cpu", SUBNET.format(128, "all"), "dense F.linear", 1),
+    Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "half .*"), "full", 1.8),
     Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
     Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", {"0.1": 5}),
