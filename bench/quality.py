@@ -74,8 +74,8 @@ def sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def measure(config: Config | None, model_folder: Path, texts: tuple[str, str]) -> dict[str, Any]:
-    """One row: compress a fresh model, and score it."""
+def measure(config: Config | None, model_folder: Path, texts: tuple[str, str], state: str) -> dict[str, Any]:
+    """One row: compress a fresh model, and score it. What is measured of the dense model is kept for `state`."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
     start = time.perf_counter()
@@ -84,10 +84,8 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str]) -
         ids = token_windows(model, tokenizer, texts[0], count=10**9)[:64]
         calibration = ids if config.needs_calibration else None
         # Rows that differ in keep alone share what is measured of the dense model.
-        kept = MEASURED / sources()
-        report = pycompress.apply(
-            model, config, calibration, checkpoint=kept / str(calibration is not None), progress=False
-        )
+        kept = MEASURED / state / ("weights" if calibration is None else "calibrated")
+        report = pycompress.apply(model, config, calibration, checkpoint=kept, progress=False)
         keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
         facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
     seconds = time.perf_counter() - start
@@ -123,7 +121,7 @@ def main(only: list[str]) -> int:
     for label, config in ROWS:
         if only and not any(label.startswith(part) for part in only):
             continue
-        row = recorded(state).get(label) or record(label, measure(config, folder, texts), state)
+        row = recorded(state).get(label) or record(label, measure(config, folder, texts, state), state)
         print(
             f"{label:<52} keep {row['keep_targets']:.4f} of the targets, {row['keep_decoder']:.4f} of the decoder: "
             f"perplexity {row['perplexity']:.2f} ({row['seconds']:.0f} s)",

@@ -32,6 +32,41 @@ def _summed(ptr, mask, splits, stride_split):
 
 
 @triton.jit
+def _factor_product(
+    acc,
+    low_ptr,  # [M, r] of the first part, at the rows of the tile
+    factor_ptr,
+    scales_ptr,
+    factor_row,
+    mask_f,
+    mask_m,
+    r,
+    splits,
+    stride_split,
+    dtype: tl.constexpr,
+    STORAGE: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`acc` plus the low-rank part times rows `factor_row` of the factor, in `dtype` where there are more tokens."""
+    for first in range(0, r, BLOCK_R):
+        codes, scales = load_codes(factor_ptr, scales_ptr, factor_row, mask_f, first, r, STORAGE, BLOCK_R)
+        for half in tl.static_range(HALVES):
+            offs_r = columns_of(first, half, STORAGE, BLOCK_R)
+            mask_r = mask_m[:, None] & (offs_r < r)[None, :]
+            low = _summed(low_ptr + offs_r[None, :], mask_r, splits, stride_split)
+            factor = values_of(codes, scales, half, STORAGE)
+            if BLOCK_M == 1:
+                acc += tl.sum(factor.to(tl.float32) * low, axis=1)[None, :]
+            else:
+                factor = factor.to(dtype)
+                acc = tl.dot(low.to(dtype), tl.trans(factor), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _expand_kernel(
     parts_ptr,  # [splits, M, k + r]
     factor_ptr,  # [N - pivots, r]
@@ -85,18 +120,24 @@ def _expand_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
     if GATHER != "all":
-        for first in range(0, r, BLOCK_R):
-            codes, scales = load_codes(factor_ptr, scales_ptr, factor_row, mask_f, first, r, STORAGE, BLOCK_R)
-            for half in tl.static_range(HALVES):
-                offs_r = columns_of(first, half, STORAGE, BLOCK_R)
-                mask_r = mask_m[:, None] & (offs_r < r)[None, :]
-                low = _summed(rows + k + offs_r[None, :], mask_r, splits, stride_split)
-                factor = values_of(codes, scales, half, STORAGE)
-                if BLOCK_M == 1:
-                    acc += tl.sum(factor.to(tl.float32) * low, axis=1)[None, :]
-                else:
-                    factor = factor.to(out_ptr.dtype.element_ty)
-                    acc = tl.dot(low.to(factor.dtype), tl.trans(factor), acc, input_precision=PRECISION)
+        acc = _factor_product(
+            acc,
+            rows + k,
+            factor_ptr,
+            scales_ptr,
+            factor_row,
+            mask_f,
+            mask_m,
+            r,
+            splits,
+            stride_split,
+            out_ptr.dtype.element_ty,
+            STORAGE,
+            HALVES,
+            BLOCK_M,
+            BLOCK_R,
+            PRECISION,
+        )
     if ORDER != "none":
         acc += _summed(rows + k + position[None, :], mask & (position < pivots)[None, :], splits, stride_split)
     if GATHER == "labels":

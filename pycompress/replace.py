@@ -104,7 +104,7 @@ def _shared_linear(module: nn.Module, packed: SharedChannels) -> SharedLinear:
     for key, tensor in packed.tensors().items():
         floats = tensor.is_floating_point()
         values = tensor.detach().to(weight.device, weight.dtype if floats else tensor.dtype)
-        if key in dict(layer.named_parameters()):
+        if isinstance(getattr(layer, key), nn.Parameter):
             layer.register_parameter(key, nn.Parameter(values, requires_grad=floats and weight.requires_grad))
         else:
             layer.register_buffer(key, values)

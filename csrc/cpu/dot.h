@@ -171,10 +171,4 @@ inline void dot_all(const M &w, Range rows, Vectors<typename M::X> x, float *out
   }
 }
 
-template <class P, class T>
-inline void dot_all(const T *w, int64_t w_stride, Range rows, const Vectors<typename P::X> &x, float *out,
-                    int64_t out_stride) {
-  dot_all(Rows<P, T>{w, w_stride}, rows, x, out, out_stride);
-}
-
 }  // namespace pycompress::PYCOMPRESS_LEVEL

@@ -42,52 +42,27 @@ struct Layer {
   int threads() const { return static_cast<int>(least(s.threads, s.outputs * s.inputs / MIN_WORK + 1)); }
 };
 
-// Products of R rows with VECTORS vectors: out[vector * out_stride + row].
-template <class P, int R, int VECTORS, class T>
-void dot_selected(const T *const (&rows)[R], const Vectors<typename P::X> &x, float *out, int64_t out_stride) {
-  Vec::reg sums[R][VECTORS];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
-  }
-  int64_t p = 0;
-  for (; p + PAIR <= x.size; p += PAIR) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const typename P::Loaded row = P::load(rows[i] + p);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
-    }
-  }
-  if (p < x.size) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const typename P::Loaded row = P::load(rows[i] + p, x.size - p);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = P::step(sums[i][v], row, x.data + v * x.stride + p);
-    }
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; ++v) {
-#pragma GCC unroll 2
-    for (int i = 0; i < R; i += 4) {
-      Vec::store_sums(out + v * out_stride + i, sums[i][v], sums[i + 1][v], sums[i + 2][v], sums[i + 3][v]);
-    }
-  }
-}
+// TILE of the rows that were asked for, and the next ones that dot_rows prefetches; past the end the last one stands.
+template <class P, class T>
+struct ChosenRows {
+  using X = typename P::X;
+  static constexpr int64_t UNIT = PAIR;
+  static constexpr int TOGETHER = 8;
+  const T *rows[TILE + TOGETHER];
 
-// TILE rows from `from` on, the last one repeated past the end, with all vectors: out[vector * TILE + row].
-template <class P, int R, int VECTORS, class T>
-void dot_tile(const Layer<T> &layer, int64_t from, const Vectors<typename P::X> &x, float *out) {
-  for (int64_t i = 0; i < TILE && from + i < layer.s.outputs; i += R) {
-    const T *rows[R];
-    for (int64_t r = 0; r < R; ++r) {
-      rows[r] = layer.weight + layer.row(least(from + i + r, layer.s.outputs - 1)) * layer.s.weight_stride;
+  ChosenRows(const Layer<T> &layer, int64_t from) {
+    for (int64_t i = 0; i < TILE + TOGETHER; ++i) {
+      rows[i] = layer.weight + layer.row(least(from + i, layer.s.outputs - 1)) * layer.s.weight_stride;
     }
-    dot_selected<P, R, VECTORS>(rows, x, out + i, TILE);
   }
-}
+  const void *at(int64_t row, int64_t p) const { return rows[row] + p; }
+  auto load(int64_t row, int64_t p) const { return P::load(rows[row] + p); }
+  auto load(int64_t row, int64_t p, int64_t count) const { return P::load(rows[row] + p, count); }
+  template <class Loaded>
+  static Vec::reg step(Vec::reg sum, const Loaded &loaded, const X *x) {
+    return P::step(sum, loaded, x);
+  }
+};
 
 // Inputs at the columns they belong to, zero elsewhere.
 template <class T>
@@ -113,20 +88,10 @@ void dot(const Layer<T> &layer, const S *from, int64_t from_stride) {
     const Range range = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
     for (int64_t from = range.begin; from < range.end; from += TILE) {
       float products[FEW_TOKENS * TILE];
-      Vectors<typename P::X> tokens{x, s.tokens, size, stride};
-      for (float *out = products; tokens.count > 0; tokens.data += 4 * stride, tokens.count -= 4, out += 4 * TILE) {
-        if (tokens.count == 1) {
-          dot_tile<P, 8, 1>(layer, from, tokens, out);
-        } else if (tokens.count == 2) {
-          dot_tile<P, 4, 2>(layer, from, tokens, out);
-        } else if (tokens.count == 3) {
-          dot_tile<P, 4, 3>(layer, from, tokens, out);
-        } else {
-          dot_tile<P, 4, 4>(layer, from, tokens, out);
-        }
-      }
+      const Range rows{0, least(TILE, range.end - from)};
+      dot_all(ChosenRows<P, T>(layer, from), rows, Vectors<typename P::X>{x, s.tokens, size, stride}, products, TILE);
       for (int64_t t = 0; t < s.tokens; ++t) {
-        layer.finish(t, from, least(TILE, range.end - from), products + t * TILE);
+        layer.finish(t, from, rows.end, products + t * TILE);
       }
     }
   }

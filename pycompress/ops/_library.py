@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycompress import _ext
+from pycompress import _ext, storage
 
 LIBRARY = torch.library.Library("pycompress", "DEF")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODE_DTYPES = (torch.int8, torch.uint8)  # of weights stored as codes, see pycompress/storage.py
+# Of the kernels' floats, as csrc/cpu/kernels.h numbers them in its enum Dtype.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
+PREFILL = 25
 
 
 def why_no_triton() -> str | None:
@@ -60,15 +62,14 @@ def register(
 
 def kernel_in_use(tensor: Tensor) -> str:
     """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
+    has_kernel = tensor.dtype in DTYPE_CODES or tensor.dtype in storage.CODES
     if tensor.device.type == "cpu":
         if _ext.C is None:
             return f"reference ({_ext.why})"
-        if tensor.dtype not in NATIVE_DTYPES + CODE_DTYPES:
-            return f"reference (no native kernel for {tensor.dtype})"
-        return f"cpu {_ext.C.isa()}"
+        return f"cpu {_ext.C.isa()}" if has_kernel else f"reference (no native kernel for {tensor.dtype})"
     if tensor.device.type == "cuda":
         reason = why_no_triton()
-        if reason is None and tensor.dtype not in NATIVE_DTYPES:
+        if reason is None and not has_kernel:
             reason = f"no triton kernel for {tensor.dtype}"
         return "triton" if reason is None else f"reference ({reason})"
     return f"reference (no kernel for {tensor.device.type})"
@@ -84,3 +85,17 @@ def describe() -> str:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype statistics and factorisations are kept in: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether `torch.autocast` is on for the device of a tensor."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """What `torch.autocast` does to the arguments of `F.linear`: floats but float64 take its dtype."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )

@@ -19,16 +19,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext, storage
-from pycompress.ops._library import kernel_in_use, register, triton_kernel
+from pycompress.ops._library import (
+    DTYPE_CODES,
+    PREFILL,
+    autocast,
+    autocasts,
+    kernel_in_use,
+    register,
+    triton_kernel,
+)
 from pycompress.ops._shared_linear_checks import check_dtypes, check_scales, check_sizes
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
-# csrc/cpu/kernels.h, enums Dtype and Storage.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# csrc/cpu/kernels.h and csrc/cuda/shared_linear.h, enum Storage.
 STORAGE_CODES = {"float": 0, "int8": 1, "int4": 2}
-# Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
-PREFILL = 25
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None, None, None]
 
@@ -181,8 +186,7 @@ def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tupl
         torch.addmm(bias, reduced, weight.T, out=y)
 
 
-# csrc/cuda/shared_linear.h, and the most tokens its kernel takes from Triton's, which `make gpu` measures beside it.
-STORAGE_CODES = {"float": 0, "int8": 1, "int4": 2}
+# The most tokens the kernel of csrc/cuda takes from Triton's, which `make gpu` measures beside it.
 NATIVE_TOKENS = {"float": 0, "int8": 0, "int4": 0}
 
 
@@ -356,10 +360,9 @@ def shared_linear(
     """
     if share not in ("output", "input"):
         raise ValueError(f'share must be "output" or "input", got {share!r}')
-    if _autocasts(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, factor, bias, weight_scales, factor_scales = (
-            _cast(tensor, dtype) for tensor in (x, weight, factor, bias, weight_scales, factor_scales)
+    if autocasts(x):
+        x, weight, factor, bias, weight_scales, factor_scales = autocast(
+            x, weight, factor, bias, weight_scales, factor_scales
         )
     check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
     check_sizes(x, weight, factor, labels, channels, bias, share)
@@ -382,19 +385,7 @@ def shared_linear_of_layer(
 ) -> Tensor:
     """`shared_linear` for a layer whose tensors fit each other: only `x` is checked, against `inputs` features."""
     dtype = weight.dtype if weight_scales is None else weight_scales.dtype
-    if x.dtype != dtype or x.shape[-1] != inputs or _autocasts(x):
+    if x.dtype != dtype or x.shape[-1] != inputs or autocasts(x):
         tensors = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
         return shared_linear(x, *tensors, share=share)
     return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """What `torch.autocast` does to the arguments of `F.linear`: floats but float64 take its dtype."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)

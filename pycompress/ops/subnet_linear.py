@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
-from pycompress.ops._library import register, triton_kernel
-from pycompress.ops.shared_linear import DTYPE_CODES
-
-# Tokens from which torch's float32 products on the CPU are faster than the native ones.
-PREFILL = 25
+from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, register, triton_kernel
 
 
 def subnet_linear_ref(
@@ -117,10 +113,8 @@ def subnet_linear(
     take its dtype, as in `F.linear`. Differentiable in x, weight and bias. Raises ValueError on sizes that do not fit,
     TypeError on dtypes, and on the CPU IndexError on indices outside the weight.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+    if autocasts(x):
+        x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, rows, columns)
     return _op(x, weight, bias, rows, columns)
 
