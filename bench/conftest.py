@@ -32,6 +32,7 @@ class Contestant:
     run: Callable[..., Any]
     setup: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None
     rounds: int
+    calls: int
 
 
 # Those whose first round is over; the others follow when the last contestant is there.
@@ -75,11 +76,12 @@ def _version(package: str) -> str | None:
 
 @pytest.fixture
 def race(benchmark: Any) -> Race:
-    """`race(group, who, run, setup=None, rounds=10, flops=…, bytes=…)` enters one contestant of a group.
+    """`race(group, who, run, setup=None, rounds=10, calls=1, flops=…, bytes=…)` enters one contestant of a group.
 
     `who` is "pycompress" for ours; the results give every other contestant's median as a ratio to it. `setup` gives the
-    arguments of each round. Other facts go to `extra_info`: FLOPs and bytes are those of the contestant itself, `dtype`
-    ("fp32" where it is not given) says which peak its FLOPs are held against.
+    arguments of each call. A round is `calls` calls, one right after the other as the layers of a model come; what is
+    recorded is the time of one. Other facts go to `extra_info`: FLOPs and bytes are those of the contestant itself,
+    `dtype` ("fp32" where it is not given) says which peak its FLOPs are held against.
 
     A group is the tests that differ in their parameter `who` only. A contestant runs once here, which warms it up (with
     `rounds=1` it is the measurement); its rounds follow in turns with the others', once the last of them has entered.
@@ -91,13 +93,14 @@ def race(benchmark: Any) -> Race:
         run: Callable[..., Any],
         setup: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
         rounds: int = 10,
+        calls: int = 1,
         **facts: Any,
     ) -> None:
         benchmark.group = group
         benchmark.extra_info.update(who=who, **facts)
         benchmark.pedantic(run, setup=setup, rounds=1)
         if benchmark.enabled and rounds > 1:
-            contestants.append(Contestant(benchmark, run, setup, rounds))
+            contestants.append(Contestant(benchmark, run, setup, rounds, calls))
 
     return enter
 
@@ -123,10 +126,11 @@ def in_turns(entered: list[Contestant]) -> None:
     for turn in range(max((contestant.rounds for contestant in entered), default=0)):
         for contestant in entered:
             if turn < contestant.rounds:
-                args, kwargs = contestant.setup() if contestant.setup else ((), {})
+                arguments = [contestant.setup() if contestant.setup else ((), {}) for _ in range(contestant.calls)]
                 start = time.perf_counter()
-                contestant.run(*args, **kwargs)
-                contestant.benchmark.stats.update(time.perf_counter() - start)
+                for args, kwargs in arguments:
+                    contestant.run(*args, **kwargs)
+                contestant.benchmark.stats.update((time.perf_counter() - start) / contestant.calls)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ COMPARISONS = (
     Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "all"), "dense F.linear", 2),
     Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "all"), LIMIT, 0.8),
     Comparison("subnet_linear, all, 128 tokens", "cpu", SUBNET.format(128, "all"), "dense F.linear", 1),
-    Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "half .*"), "full", 1.8),
+    Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "half .*"), "all by our kernel", 1.8),
     Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
     Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", {"0.1": 5}),
