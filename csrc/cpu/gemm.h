@@ -2,7 +2,8 @@
 //
 // Depth is cut into slices. In each, rows of A are copied as floats and rows of B are transposed into panels; a
 // register block then runs over both. One thread computes a block of C from first to last slice order, so the
-// result does not depend on the number of threads.
+// result does not depend on the number of threads. `gemm` is for many rows of both, `multiply` for a B that is read
+// once or a few times, the weight of a layer.
 #pragma once
 
 #include "numeric.h"
@@ -13,6 +14,7 @@ constexpr int64_t SLICE = 512;           // a panel of A stays in the first-leve
 constexpr int64_t SPACING = SLICE + 16;  // floats between packed rows of A: no power of two, to use all cache sets
 constexpr int64_t MR = Vec::gemm_rows, NR = Vec::gemm_columns;
 constexpr int64_t BLOCK_ROWS = 16 * MR, BLOCK_COLUMNS = 8 * NR;
+constexpr int64_t SHARED_ROWS = 32 * MR;  // of A, whose part of one SLICE stays in the second-level cache
 
 template <class T>
 struct Matrix {
@@ -136,6 +138,64 @@ void gemm(const A &a, const B &b, int64_t depth, bool lower, int threads, const 
           store(values, piece);
         }
       }
+    }
+  }
+}
+
+// Asks for some columns of some rows of B before they are needed: such pieces are too short for the hardware to see
+// them coming.
+inline void prefetch_bytes(const void *data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(data) + i, 0, 2);
+}
+template <class T>
+void prefetch(const Matrix<T> &b, Range rows, Range columns) {
+  const int64_t bytes = (columns.end - columns.begin) * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = rows.begin; i < rows.end; ++i) prefetch_bytes(b.row(i) + columns.begin, bytes);
+}
+
+// Products of packed rows of A, [slices, rounded count, SPACING], with some rows of B, into [count, rows].
+template <class B>
+void multiply_rows(const float *a, int64_t count, const B &b, Range rows, int64_t depth, float *products) {
+  const int64_t width = rows.end - rows.begin;
+  for (int64_t from = 0; from == 0 || from < depth; from += SLICE, a += round_up(count, MR) * SPACING) {
+    const int64_t next = least(from + SLICE, depth);
+    prefetch(b, rows, {next, least(next + SLICE, depth)});
+    for (int64_t j = 0; j < width; j += NR) {
+      alignas(64) float panel[NR * SLICE], values[MR * NR];
+      pack_columns(b, rows.begin + j, from, next - from, panel);
+      for (int64_t i = 0; i < count; i += MR) {
+        const Piece piece{i, j, least(MR, count - i), least(NR, width - j), from == 0, next == depth};
+        multiply_block(a + i * SPACING, panel, piece.columns, next - from, values);
+        accumulate(values, piece, [&](int64_t row) { return products + row * width; });
+      }
+    }
+  }
+}
+
+// Calls finish(row, column, count, products) for pieces of rows of C. Threads share the packed rows of A, SHARED_ROWS
+// at a time, and multiply them with rows of B of their own through the whole depth: B is packed where it is used, and
+// nobody waits between slices. B has `rows`, and overloads of pack_columns and prefetch.
+template <class T, class B, class Finish>
+void multiply(const Matrix<T> &a, const B &b, int64_t depth, int threads, const Finish &finish) {
+  constexpr int64_t TOGETHER = 4;  // panels of B that one pass over A serves, but for the last ones, which even out
+  const int64_t panels = (b.rows + NR - 1) / NR, groups = panels * 3 / 4 / TOGETHER,
+                slices = (depth + SLICE - 1) / SLICE;
+  float *packed = scratch(Slot::rows, round_up(least(a.rows, SHARED_ROWS), MR) * (slices ? slices : 1) * SPACING);
+#pragma omp parallel num_threads(threads)
+  for (int64_t top = 0; top < a.rows; top += SHARED_ROWS) {
+    const int64_t count = least(SHARED_ROWS, a.rows - top), rows = round_up(count, MR);
+#pragma omp for schedule(static)
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const int64_t from = slice * SLICE, size = least(SLICE, depth - from);
+      for (int64_t i = 0; i < count; i += MR) pack_rows(a, top + i, from, size, packed + (slice * rows + i) * SPACING);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < groups + panels - groups * TOGETHER; ++piece) {
+      const int64_t panel = piece < groups ? piece * TOGETHER : piece + groups * (TOGETHER - 1);
+      const int64_t left = panel * NR, width = least((piece < groups ? TOGETHER : 1) * NR, b.rows - left);
+      float *products = scratch(Slot::columns, count * width);
+      multiply_rows(packed, count, b, {left, left + width}, depth, products);
+      for (int64_t i = 0; i < count; ++i) finish(top + i, left, width, products + i * width);
     }
   }
 }

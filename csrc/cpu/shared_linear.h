@@ -128,29 +128,21 @@ void few_tokens(const Layer<T, S> &layer) {
 template <class T, class S>
 void many_tokens(const Layer<T, S> &layer) {
   const SharedLinearArgs &s = layer.s;
-  float *reduced = scratch(Slot::stage, s.tokens * layer.width);
-  const Matrix<T> input{layer.input, s.tokens, layer.input_stride};
-  gemm(input, layer.first, layer.first_size, false, s.threads, [&](const float *values, const Piece &piece) {
-    accumulate(values, piece, [&](int64_t i) { return reduced + i * layer.width + layer.first_at; });
-  });
+  const int64_t width = layer.width;
+  float *reduced = scratch(Slot::stage, s.tokens * width);
+  multiply(Matrix<T>{layer.input, s.tokens, layer.input_stride}, layer.first, layer.first_size, s.threads,
+           [&](int64_t token, int64_t from, int64_t count, const float *products) {
+             std::memcpy(reduced + token * width + layer.first_at + from, products, count * sizeof(float));
+           });
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
-    if (layer.sums_by_label()) layer.sum_by_label(t, reduced + t * layer.width);
-    layer.finish_pivots(t, reduced + t * layer.width);
+    if (layer.sums_by_label()) layer.sum_by_label(t, reduced + t * width);
+    layer.finish_pivots(t, reduced + t * width);
   }
-
-  const int64_t size = layer.second_size, rows = layer.second.rows;
-  float *partial = size <= SLICE ? nullptr : scratch(Slot::wide, s.tokens * rows);
-  const Matrix<float> operand{reduced + layer.second_at, s.tokens, layer.width};
-  gemm(operand, layer.second, size, false, s.threads, [&](float *values, const Piece &piece) {
-    for (int64_t i = 0; i < piece.rows; ++i) {
-      float *row = values + i * NR, *kept = partial + (piece.row + i) * rows + piece.column;
-      for (int64_t j = 0; j < piece.columns && !piece.first; ++j) row[j] += kept[j];
-      for (int64_t j = 0; j < piece.columns && !piece.last; ++j) kept[j] = row[j];
-      if (!piece.last) continue;
-      layer.finish(piece.row + i, piece.column, piece.columns, row, reduced + (piece.row + i) * layer.width);
-    }
-  });
+  multiply(Matrix<float>{reduced + layer.second_at, s.tokens, width}, layer.second, layer.second_size, s.threads,
+           [&](int64_t token, int64_t from, int64_t count, const float *products) {
+             layer.finish(token, from, count, products, reduced + token * width);
+           });
 }
 
 // Labels and channels as int32, whatever they are stored as.

@@ -133,6 +133,16 @@ void widen_columns(const Codes &b, int64_t first, int64_t from, int64_t depth, f
 }
 
 template <class T>
+void prefetch(const Int8<T> &b, Range rows, Range columns) {
+  prefetch(Matrix<int8_t>{b.codes, b.rows, b.size}, rows, columns);
+}
+
+template <class T>
+void prefetch(const Int4<T> &b, Range rows, Range columns) {
+  prefetch(Matrix<uint8_t>{b.codes, b.rows, b.bytes}, rows, {columns.begin / 2, columns.end / 2});
+}
+
+template <class T>
 void pack_columns(const Int8<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
   widen_columns(b, first, from, depth, out);
 }

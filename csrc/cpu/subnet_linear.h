@@ -12,12 +12,11 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 namespace subnet {
 
-constexpr int64_t FEW_TOKENS = 16;         // above this packing pays
-constexpr int64_t TILE = 16;               // rows that stay in the second-level cache while all tokens use them
-constexpr int64_t MIN_WORK = 1 << 16;      // weights below which waking a thread costs more than it saves
-constexpr int64_t BLOCK_TOKENS = 32 * MR;  // whose inputs of one SLICE stay in the second-level cache
-constexpr int64_t SUM_BLOCK = 256;         // columns that are summed before the total takes them, to lose fewer digits
-constexpr int AT_ONCE = 8;                 // columns that one pass over the sums adds
+constexpr int64_t FEW_TOKENS = 16;     // above this packing pays
+constexpr int64_t TILE = 16;           // rows that stay in the second-level cache while all tokens use them
+constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
+constexpr int64_t SUM_BLOCK = 256;     // columns that are summed before the total takes them, to lose fewer digits
+constexpr int AT_ONCE = 8;             // columns that one pass over the sums adds
 
 template <class T>
 struct Layer {
@@ -170,11 +169,17 @@ void sum_columns(const Layer<T> &layer) {
   }
 }
 
-// Asks for weights of the given outputs and inputs before they are needed: row pieces are too short for the hardware
-// to see them coming.
+// The weights in use, as `multiply` takes them.
 template <class T>
-void prefetch(const Layer<T> &layer, Range outputs, Range inputs) {
+struct Chosen {
+  const Layer<T> &layer;
+  int64_t rows = layer.s.outputs;
+};
+
+template <class T>
+void prefetch(const Chosen<T> &chosen, Range outputs, Range inputs) {
   constexpr int64_t LINE = 64 / sizeof(T);
+  const Layer<T> &layer = chosen.layer;
   const SubnetLinearArgs &s = layer.s;
   if (s.transposed) {
     for (int64_t p = inputs.begin; p < inputs.end; ++p) {
@@ -189,9 +194,9 @@ void prefetch(const Layer<T> &layer, Range outputs, Range inputs) {
   }
 }
 
-// Weights of NR outputs from `first` on as [depth, NR], for multiply_block.
 template <class T>
-void pack_weight(const Layer<T> &layer, int64_t first, int64_t from, int64_t depth, float *out) {
+void pack_columns(const Chosen<T> &chosen, int64_t first, int64_t from, int64_t depth, float *out) {
+  const Layer<T> &layer = chosen.layer;
   const SubnetLinearArgs &s = layer.s;
   const int64_t rows = least(NR, s.outputs - first);
   if (!s.transposed && !s.columns) {
@@ -216,57 +221,14 @@ void pack_weight(const Layer<T> &layer, int64_t first, int64_t from, int64_t dep
   }
 }
 
-// Products of packed tokens, [slices, rounded tokens, SPACING], with some outputs, into [tokens, outputs].
-template <class T>
-void multiply_outputs(const Layer<T> &layer, const float *x, int64_t tokens, Range outputs, float *products) {
-  const int64_t inputs = layer.s.inputs, width = outputs.end - outputs.begin;
-  for (int64_t from = 0; from < inputs; from += SLICE, x += round_up(tokens, MR) * SPACING) {
-    const int64_t next = least(from + SLICE, inputs), depth = next - from;
-    prefetch(layer, outputs, {next, least(next + SLICE, inputs)});
-    for (int64_t j = 0; j < width; j += NR) {
-      alignas(64) float panel[NR * SLICE], values[MR * NR];
-      pack_weight(layer, outputs.begin + j, from, depth, panel);
-      for (int64_t i = 0; i < tokens; i += MR) {
-        const Piece piece{i, j, least(MR, tokens - i), least(NR, width - j), from == 0, next == inputs};
-        multiply_block(x + i * SPACING, panel, piece.columns, depth, values);
-        accumulate(values, piece, [&](int64_t row) { return products + row * width; });
-      }
-    }
-  }
-}
-
-// Threads share the packed inputs of a block of tokens and multiply them with outputs of their own.
-template <class T>
-void multiply(const Layer<T> &layer) {
-  const SubnetLinearArgs &s = layer.s;
-  const int64_t wide = s.outputs < 8 * NR * s.threads ? NR : 4 * NR;
-  float *x =
-      scratch(Slot::rows, round_up(least(s.tokens, BLOCK_TOKENS), MR) * round_up(s.inputs, SLICE) / SLICE * SPACING);
-#pragma omp parallel num_threads(s.threads)
-  for (int64_t top = 0; top < s.tokens; top += BLOCK_TOKENS) {
-    const int64_t tokens = least(BLOCK_TOKENS, s.tokens - top), rows = round_up(tokens, MR);
-    const Matrix<T> block{layer.x + top * s.x_stride, tokens, s.x_stride};
-#pragma omp for schedule(static)
-    for (int64_t from = 0; from < s.inputs; from += SLICE) {
-      for (int64_t i = 0; i < tokens; i += MR) {
-        pack_rows(block, i, from, least(SLICE, s.inputs - from), x + (from / SLICE * rows + i) * SPACING);
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t left = 0; left < s.outputs; left += wide) {
-      const int64_t width = least(wide, s.outputs - left);
-      float *products = scratch(Slot::stage, tokens * width);
-      multiply_outputs(layer, x, tokens, {left, left + width}, products);
-      for (int64_t t = 0; t < tokens; ++t) layer.finish(top + t, left, width, products + t * width);
-    }
-  }
-}
-
 template <class T>
 void run(const SubnetLinearArgs &s) {
   const Layer<T> layer{s};
   if (s.tokens > FEW_TOKENS) {
-    multiply(layer);
+    multiply(Matrix<T>{layer.x, s.tokens, s.x_stride}, Chosen<T>{layer}, s.inputs, s.threads,
+             [&](int64_t token, int64_t from, int64_t count, const float *products) {
+               layer.finish(token, from, count, products);
+             });
   } else if (s.transposed) {
     sum_columns(layer);
   } else if (s.columns) {
