@@ -38,9 +38,9 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's data starts; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """Where each tensor's data starts; 0 for none."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def build_info() -> dict[str, Any]:

@@ -60,6 +60,14 @@ def register(
     return getattr(torch.ops.pycompress, name).default
 
 
+def call(op: Any, *args: Any) -> Tensor:
+    """`op(*args)`; without gradients below autograd, whose Python part costs more than a small layer."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def kernel_in_use(tensor: Tensor) -> str:
     """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
     has_kernel = tensor.dtype in DTYPE_CODES or tensor.dtype in storage.CODES

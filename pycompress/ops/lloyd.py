@@ -37,9 +37,7 @@ def _kmeans_plus_plus_cpu(gram: Tensor, uniforms: Tensor, weights: Tensor | None
     batch, k = seeds.shape
     trials = uniforms.shape[2] if uniforms.dim() == 3 else 1
     tensors = (gram, uniforms, weights, seeds)
-    _ext.C.kmeans_plus_plus(
-        *map(_ext.address, tensors), batch, gram.stride(0), gram.shape[1], k, trials, _ext.threads()
-    )
+    _ext.C.kmeans_plus_plus(*_ext.addresses(*tensors), batch, gram.stride(0), gram.shape[1], k, trials, _ext.threads())
     return seeds
 
 
@@ -64,7 +62,7 @@ def _run_cpu(
     labels = torch.empty((batch, n), dtype=torch.int64)
     inertia = torch.empty(batch, dtype=torch.float32)
     sizes = (batch, data.stride(0), n, d, seeds.shape[1], iterations, points, _ext.threads())
-    _ext.C.lloyd(*map(_ext.address, (data, seeds, weights, labels, inertia)), *sizes)
+    _ext.C.lloyd(*_ext.addresses(data, seeds, weights, labels, inertia), *sizes)
     return labels, inertia
 
 

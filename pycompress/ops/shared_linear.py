@@ -24,6 +24,7 @@ from pycompress.ops._library import (
     PREFILL,
     autocast,
     autocasts,
+    call,
     kernel_in_use,
     register,
     triton_kernel,
@@ -137,7 +138,8 @@ def _cpu(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     row_stride = rows.stride(0) if rows.ndim == 2 else inputs
-    stacked, rank = (storage.width_of(weight), len(factor)) if share_input else (len(weight), storage.width_of(factor))
+    rank = factor.shape[0] if share_input else storage.width_of(factor)
+    stacked = storage.width_of(weight) if share_input else weight.shape[0]
     outputs = _outputs(weight, factor, channels, share_input)
     tokens = math.prod(x.shape[:-1])
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
@@ -146,7 +148,7 @@ def _cpu(
         _cpu_prefill(rows.view(tokens, inputs), tensors[:5], y.view(tokens, outputs), sizes, share_input)
     else:
         _ext.C.shared_linear(
-            *map(_ext.address, (rows, *tensors, y)),
+            *_ext.addresses(rows, *tensors, y),
             *sizes,
             DTYPE_CODES[x.dtype],
             STORAGE_CODES[storage.storage_of(weight)],
@@ -176,7 +178,7 @@ def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tupl
     else:
         torch.mm(x, weight.T, out=reduced)
         product = torch.mm(low, factor.T, out=x.new_empty(len(x), len(factor)))
-    addresses = map(_ext.address, (x, labels, channels, bias, reduced, product, y))
+    addresses = _ext.addresses(x, labels, channels, bias, reduced, product, y)
     _ext.C.shared_linear_gather(*addresses, *sizes, _wide(labels, channels), share_input, _ext.threads())
     if not share_input:
         return
@@ -218,7 +220,7 @@ def shared_linear_cuda_native(
     tensors = [t if t is None else t.contiguous() for t in given]
     with torch.cuda.device(x.device):
         _ext.C.shared_linear_cuda(
-            *map(_ext.address, (rows, *tensors, parts, y)),
+            *_ext.addresses(rows, *tensors, parts, y),
             *rows.shape,
             y.shape[-1],
             clusters,
@@ -368,7 +370,7 @@ def shared_linear(
     check_sizes(x, weight, factor, labels, channels, bias, share)
     check_scales("weight", weight, weight_scales)
     check_scales("factor", factor, factor_scales)
-    return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
+    return call(_op, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
 
 
 def shared_linear_of_layer(
@@ -388,4 +390,4 @@ def shared_linear_of_layer(
     if x.dtype != dtype or x.shape[-1] != inputs or autocasts(x):
         tensors = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
         return shared_linear(x, *tensors, share=share)
-    return _op(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
+    return call(_op, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")

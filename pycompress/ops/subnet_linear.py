@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
-from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, register, triton_kernel
+from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, call, register, triton_kernel
 
 
 def subnet_linear_ref(
@@ -47,7 +47,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, co
     outputs = height if rows is None else rows.shape[0]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     _ext.C.subnet_linear(
-        *map(_ext.address, (tokens, weight, bias, rows, columns, y)),
+        *_ext.addresses(tokens, weight, bias, rows, columns, y),
         *tokens.shape,
         outputs,
         height,
@@ -116,7 +116,7 @@ def subnet_linear(
     if autocasts(x):
         x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, rows, columns)
-    return _op(x, weight, bias, rows, columns)
+    return call(_op, x, weight, bias, rows, columns)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> None:
