@@ -5,13 +5,18 @@ Data and lookups only. Paths of parts are relative to the model, paths of linear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pycompress.subnet import Kept
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Architecture:
 
     `stages` lists the linears of a block in order of execution. `norm_kind` is `layer` (LayerNorm), `rms` (RMSNorm) or
     `rms_plus_one` (RMSNorm scaled by 1 + weight). `heads`, `kv_heads` and `intermediate` are names of config fields
-    (`kv_heads=None`: one key-value head a head). `parallel_residual` and `norms_first` name config flags: when the
+    (`kv_heads=None`: one key-value head a head). `head_width` is the attribute, relative to the block, that holds the
+    width of a head, `rotary` the path of the rotary embedding, if there is one. `parallel_residual` and `norms_first` name config flags: when the
     first is true, attention and MLP both read the block's input; when the second is false, each norm follows the
     residual sum and there is no final norm.
     """
@@ -68,7 +74,9 @@ class Architecture:
     intermediate: str
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
+    head_width: str = "self_attn.head_dim"
     head_norms: tuple[str, ...] = ()
+    rotary: str | None = None
     fused: tuple[Fused, ...] = ()
     position_embedding: str | None = None
     embedding_projections: tuple[str, ...] = ()
@@ -78,6 +86,161 @@ class Architecture:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(role for stage in self.stages for role in stage.roles)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The channels of one block, and which rows and columns of its linears they are.
+
+    `heads` query heads read `kv_heads` key-value heads, each `width` channels wide; the first `rotary` channels of a
+    head rotate in pairs `(j, j + rotary / 2)`. `mlp` channels, `hidden` inputs. Roles are q, k, v, o, gate, up, down in
+    every architecture: where one linear holds several (`holder`), rows are rows of that linear.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    rotary: int
+    mlp: int
+    hidden: int
+    roles: tuple[str, ...]
+    fused: tuple[Fused, ...] = ()
+
+    def holder(self, role: str) -> str:
+        """The linear of the architecture that holds `role`: "qkv" for "q" where the three are fused."""
+        holders = [fused.role for fused in self.fused if role in fused.parts]
+        if not holders and role not in self.roles:
+            raise ValueError(f"the block has no {role!r}; it has {', '.join(self._parts())}")
+        return holders[0] if holders else role
+
+    def channel_rows(self, role: str) -> Tensor:
+        """The row of each channel in the linear that holds `role`.
+
+        `[heads, width]` for q, `[kv_heads, width]` for k and v, `[mlp]` for gate and up.
+        """
+        fused = next((fused for fused in self.fused if role in fused.parts), None)
+        shape = self._channels(role)
+        if fused is None:
+            self.holder(role)
+            return torch.arange(math.prod(shape)).view(shape)
+        before = fused.parts[: fused.parts.index(role)]
+        if fused.layout == "per_head":
+            head = torch.arange(self.heads * len(fused.parts) * self.width).view(self.heads, -1, self.width)
+            return head[:, len(before)]
+        start = sum(math.prod(self._channels(part)) for part in before)
+        return torch.arange(start, start + math.prod(shape)).view(shape)
+
+    def channel_columns(self, role: str) -> Tensor:
+        """The column of each channel: `[heads, width]` for o, `[mlp]` for down."""
+        shape = self._channels(role)
+        return torch.arange(math.prod(shape)).view(shape)
+
+    @property
+    def qk_units(self) -> Tensor:
+        """Channels of a query or key head that are kept or removed together.
+
+        Pairs `[rotary / 2, 2]`, or single channels `[width, 1]` without rotary embeddings. Channels from `rotary` on
+        do not rotate and are single ones too (`passed`).
+        """
+        if not self.rotary:
+            return torch.arange(self.width)[:, None]
+        half = self.rotary // 2
+        return torch.stack([torch.arange(half), torch.arange(half, self.rotary)], 1)
+
+    @property
+    def passed(self) -> Tensor:
+        """Channels of a query or key head that a rotary embedding passes through unrotated, `[width - rotary]`."""
+        return torch.arange(self.rotary or self.width, self.width)
+
+    def rows(self, role: str, kept: Kept) -> Tensor:
+        """Rows of the linear `role` that stay, in their new order; of a fused linear's part, or of all of it."""
+        fused = next((fused for fused in self.fused if role == fused.role), None)
+        if fused is None:
+            return self._select(role, self.channel_rows(role), kept).flatten()
+        parts = [self._select(part, self.channel_rows(part), kept) for part in fused.parts]
+        if fused.layout == "per_head":
+            return torch.cat(parts, dim=-1).flatten()
+        return torch.cat([part.flatten() for part in parts])
+
+    def columns(self, role: str, kept: Kept) -> Tensor:
+        """Columns of o or down that stay, in their new order."""
+        return self._select(role, self.channel_columns(role), kept).flatten()
+
+    def shapes(self, kept: Kept) -> dict[str, tuple[int, int]]:
+        """`(N, K)` of each linear of the block once it is shrunk, by the architecture's own roles."""
+        found = {}
+        for role in self.roles:
+            reads = role in ("o", "down")
+            size = len(self.columns(role, kept) if reads else self.rows(role, kept))
+            found[role] = (self.hidden, size) if reads else (size, self.hidden)
+        return found
+
+    def kept(self, kept: Kept) -> Geometry:
+        """The geometry of the block that is left."""
+        qk = None if kept.qk is None else kept.qk[0]
+        return replace(
+            self,
+            heads=len(self._heads("q", kept)),
+            kv_heads=len(self._heads("k", kept)),
+            width=self.width if qk is None else len(qk),
+            rotary=self.rotary if qk is None else int((qk < self.rotary).sum()),
+            mlp=self.mlp if kept.mlp is None else len(kept.mlp),
+        )
+
+    def check(self, kept: Kept) -> None:
+        """Raise `ValueError` for indices that this block does not have, or that cannot be kept without others."""
+        for name, size in (("mlp", self.mlp), ("qk", self.width), ("vo", self.width), ("kv_heads", self.kv_heads)):
+            index = getattr(kept, name)
+            if index is not None and int(index.max()) >= size:
+                raise ValueError(f"{name} keeps index {int(index.max())}, the block has {size}")
+        heads = self.kv_heads if kept.kv_heads is None else len(kept.kv_heads)
+        if kept.vo is not None and len(kept.vo) != heads:
+            raise ValueError(f"vo has {len(kept.vo)} rows; give one a kept key-value head, {heads}")
+        if kept.qk is not None and len(kept.qk) not in ({1} if self.rotary else {1, heads}):
+            why = "1, since the rotary embedding is one for all heads" if self.rotary else f"1 or {heads}"
+            raise ValueError(f"qk has {len(kept.qk)} rows; give {why}")
+        if (kept.qk is None) != (kept.vo is None):
+            given, other = ("qk", "vo") if kept.vo is None else ("vo", "qk")
+            index = kept.qk if kept.vo is None else kept.vo
+            if index is not None and index.shape[1] != self.width:
+                raise ValueError(
+                    f"{given} keeps {index.shape[1]} of {self.width} channels and {other} all of them; the heads of a "
+                    f"block have one width, so keep as many of each"
+                )
+        if kept.qk is not None and self.rotary:
+            rotated = kept.qk[0][kept.qk[0] < self.rotary]
+            low, high = rotated[rotated < self.rotary // 2], rotated[rotated >= self.rotary // 2]
+            if not torch.equal(low + self.rotary // 2, high):
+                raise ValueError(
+                    f"qk keeps channel j of a rotary pair (j, j + {self.rotary // 2}) without the other, got "
+                    f"{rotated.tolist()}; keep or remove both"
+                )
+
+    def _parts(self) -> list[str]:
+        fused = {fused.role: fused.parts for fused in self.fused}
+        return [part for role in self.roles for part in fused.get(role, (role,))]
+
+    def _channels(self, role: str) -> tuple[int, ...]:
+        if role in ("gate", "up", "down"):
+            return (self.mlp,)
+        return (self.heads if role in ("q", "o") else self.kv_heads, self.width)
+
+    def _heads(self, role: str, kept: Kept) -> Tensor:
+        """The heads of `role` that stay: with a key-value head go the query heads that read it."""
+        group = self.heads // self.kv_heads if role in ("q", "o") else 1
+        kv_heads = torch.arange(self.kv_heads) if kept.kv_heads is None else kept.kv_heads
+        return (kv_heads[:, None] * group + torch.arange(group)).flatten()
+
+    def _select(self, role: str, index: Tensor, kept: Kept) -> Tensor:
+        """Of `index`, one entry a channel, the entries of the channels that stay."""
+        if role in ("gate", "up", "down"):
+            return index if kept.mlp is None else index[kept.mlp]
+        index = index[self._heads(role, kept)]
+        channels = kept.qk if role in ("q", "k") else kept.vo
+        if channels is None:
+            return index
+        rows = channels.repeat_interleave(len(index) // len(channels), 0)
+        return index.gather(1, rows)
 
 
 class BlockLinear(NamedTuple):
@@ -131,6 +294,7 @@ def _gated(
         norm_kind=norm_kind,
         intermediate="intermediate_size",
         head_norms=head_norms,
+        rotary="model.rotary_emb",
     )
 
 
@@ -203,6 +367,8 @@ GPT_NEOX = Architecture(
     norm_kind="layer",
     intermediate="intermediate_size",
     kv_heads=None,
+    head_width="attention.head_size",
+    rotary="gpt_neox.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "per_head"),),
     parallel_residual="use_parallel_residual",
 )
@@ -225,6 +391,7 @@ GPT2 = Architecture(
     intermediate="n_inner",
     heads="n_head",
     kv_heads=None,
+    head_width="attn.head_dim",
     fused=(Fused("qkv", ("q", "k", "v"), "concatenated"),),
     position_embedding="transformer.wpe",
 )
@@ -252,6 +419,7 @@ PHI3 = Architecture(
     coupled=(FUSED_HEADS, FUSED_GATED_CHANNELS),
     norm_kind="rms",
     intermediate="intermediate_size",
+    rotary="model.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "concatenated"), Fused("gate_up", ("gate", "up"), "concatenated")),
 )
 
@@ -291,6 +459,46 @@ def architecture_of(model: nn.Module) -> Architecture:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks, first to last. Block `i` is called `f"{architecture_of(model).blocks}.{i}"`."""
     return list(model.get_submodule(architecture_of(model).blocks).children())
+
+
+def geometry(model: nn.Module, block: int) -> Geometry:
+    """The channels of block `block`, from the shapes of its linears as they are now."""
+    architecture = architecture_of(model)
+    module = blocks(model)[block]
+    shapes = {role: _shape(module.get_submodule(path)) for role, path in architecture.paths.items()}
+    parent, _, name = architecture.head_width.rpartition(".")
+    width = int(getattr(module.get_submodule(parent), name))
+    heads = shapes["o"][1] // width
+    kv_heads = (shapes["qkv"][0] // width - heads) // 2 if "qkv" in shapes else shapes["k"][0] // width
+    return Geometry(
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        rotary=_rotary(model, block),
+        mlp=shapes["down"][1],
+        hidden=shapes["o"][0],
+        roles=architecture.roles,
+        fused=architecture.fused,
+    )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """`(N, K)` of a linear, of a `Conv1D` or of a packed one."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def _rotary(model: nn.Module, block: int) -> int:
+    """Channels of a head that rotate: twice the frequencies of the block's rotary embedding."""
+    architecture = architecture_of(model)
+    if architecture.rotary is None:
+        return 0
+    embedding = model.get_submodule(architecture.rotary)
+    types = getattr(model.config, "layer_types", None)
+    names = ("inv_freq", f"{types[block]}_inv_freq" if types else "inv_freq")
+    frequencies = next(getattr(embedding, name) for name in names if hasattr(embedding, name))
+    return 2 * len(frequencies)
 
 
 def linears(model: nn.Module) -> list[BlockLinear]:
