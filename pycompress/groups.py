@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,14 @@ class Architecture:
 
     `stages` lists the linears of a block in order of execution. `norm_kind` is `layer` (LayerNorm), `rms` (RMSNorm) or
     `rms_plus_one` (RMSNorm scaled by 1 + weight). `heads`, `kv_heads` and `intermediate` are names of config fields
-    (`kv_heads=None`: one key-value head a head). `head_width` is the attribute, relative to the block, that holds the
-    width of a head, `rotary` the path of the rotary embedding, if there is one. `parallel_residual` and `norms_first` name config flags: when the
-    first is true, attention and MLP both read the block's input; when the second is false, each norm follows the
-    residual sum and there is no final norm.
+    (`kv_heads=None`: one key-value head a head). `sizes` maps attributes of a block's modules to the field of
+    `Geometry` that they hold; `heads_from_config`: the attention reads how many heads it has from the config.
+    `head_norms` are those of queries and keys, over a head's channels; `rotary` is the path of the rotary embedding.
+
+    The softmax scale is the head width to the power -1/2 unless `fixed_scale`; `scale_by_width` names a config flag
+    that must be true for that, `scale_by_index` one that divides by the block's number too. `parallel_residual` and
+    `norms_first` name config flags: when the first is true, attention and MLP both read the block's input; when the
+    second is false, each norm follows the residual sum and there is no final norm.
     """
 
     class_name: str
@@ -72,10 +76,14 @@ class Architecture:
     coupled: tuple[Coupled, ...]
     norm_kind: str
     intermediate: str
+    sizes: Mapping[str, str]
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
-    head_width: str = "self_attn.head_dim"
+    heads_from_config: bool = False
     head_norms: tuple[str, ...] = ()
+    fixed_scale: bool = False
+    scale_by_width: str | None = None
+    scale_by_index: str | None = None
     rotary: str | None = None
     fused: tuple[Fused, ...] = ()
     position_embedding: str | None = None
@@ -86,6 +94,11 @@ class Architecture:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(role for stage in self.stages for role in stage.roles)
+
+    @property
+    def attention(self) -> str:
+        """Path of a block's attention."""
+        return self.paths["o"].rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,11 @@ class Geometry:
         """The column of each channel: `[heads, width]` for o, `[mlp]` for down."""
         shape = self._channels(role)
         return torch.arange(math.prod(shape)).view(shape)
+
+    @property
+    def inner(self) -> int:
+        """Channels that o reads: of all heads together."""
+        return self.heads * self.width
 
     @property
     def qk_units(self) -> Tensor:
@@ -280,6 +298,7 @@ def _gated(
     norm_kind: str = "rms",
     stages: tuple[Stage, ...] = GATED_STAGES,
     head_norms: tuple[str, ...] = (),
+    fixed_scale: bool = False,
 ) -> Architecture:
     """Llama's layout, which most families keep."""
     return Architecture(
@@ -293,10 +312,15 @@ def _gated(
         coupled=(HEADS, GATED_CHANNELS),
         norm_kind=norm_kind,
         intermediate="intermediate_size",
+        sizes=MappingProxyType({"self_attn.head_dim": "width", "mlp.intermediate_size": "mlp"}),
         head_norms=head_norms,
+        fixed_scale=fixed_scale,
         rotary="model.rotary_emb",
     )
 
+
+# The submodule of an attention that keeps some channels of the rotary embedding.
+KEPT_ROTARY = "kept_rotary"
 
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -310,6 +334,7 @@ GEMMA3 = _gated(
         Stage(("down",), norm_after="post_feedforward_layernorm"),
     ),
     head_norms=HEAD_NORMS,
+    fixed_scale=True,
 )
 
 OPT = Architecture(
@@ -337,6 +362,9 @@ OPT = Architecture(
     coupled=(HEADS, PLAIN_CHANNELS),
     norm_kind="layer",
     intermediate="ffn_dim",
+    sizes=MappingProxyType(
+        {"self_attn.head_dim": "width", "self_attn.num_heads": "heads", "self_attn.embed_dim": "inner"}
+    ),
     kv_heads=None,
     position_embedding="model.decoder.embed_positions",
     embedding_projections=("model.decoder.project_in", "model.decoder.project_out"),
@@ -367,7 +395,7 @@ GPT_NEOX = Architecture(
     norm_kind="layer",
     intermediate="intermediate_size",
     kv_heads=None,
-    head_width="attention.head_size",
+    sizes=MappingProxyType({"attention.head_size": "width", "attention.rotary_ndims": "rotary"}),
     rotary="gpt_neox.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "per_head"),),
     parallel_residual="use_parallel_residual",
@@ -391,7 +419,11 @@ GPT2 = Architecture(
     intermediate="n_inner",
     heads="n_head",
     kv_heads=None,
-    head_width="attn.head_dim",
+    sizes=MappingProxyType(
+        {"attn.head_dim": "width", "attn.num_heads": "heads", "attn.embed_dim": "inner", "attn.split_size": "inner"}
+    ),
+    scale_by_width="scale_attn_weights",
+    scale_by_index="scale_attn_by_inverse_layer_idx",
     fused=(Fused("qkv", ("q", "k", "v"), "concatenated"),),
     position_embedding="transformer.wpe",
 )
@@ -419,6 +451,8 @@ PHI3 = Architecture(
     coupled=(FUSED_HEADS, FUSED_GATED_CHANNELS),
     norm_kind="rms",
     intermediate="intermediate_size",
+    sizes=MappingProxyType({"self_attn.head_dim": "width", "self_attn.num_key_value_heads": "kv_heads"}),
+    heads_from_config=True,
     rotary="model.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "concatenated"), Fused("gate_up", ("gate", "up"), "concatenated")),
 )
@@ -466,15 +500,14 @@ def geometry(model: nn.Module, block: int) -> Geometry:
     architecture = architecture_of(model)
     module = blocks(model)[block]
     shapes = {role: _shape(module.get_submodule(path)) for role, path in architecture.paths.items()}
-    parent, _, name = architecture.head_width.rpartition(".")
-    width = int(getattr(module.get_submodule(parent), name))
+    width = next(_attribute(module, path) for path, size in architecture.sizes.items() if size == "width")
     heads = shapes["o"][1] // width
     kv_heads = (shapes["qkv"][0] // width - heads) // 2 if "qkv" in shapes else shapes["k"][0] // width
     return Geometry(
         heads=heads,
         kv_heads=kv_heads,
         width=width,
-        rotary=_rotary(model, block),
+        rotary=len(rotary_channels(model, block)),
         mlp=shapes["down"][1],
         hidden=shapes["o"][0],
         roles=architecture.roles,
@@ -489,16 +522,27 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
-def _rotary(model: nn.Module, block: int) -> int:
-    """Channels of a head that rotate: twice the frequencies of the block's rotary embedding."""
+def _attribute(block: nn.Module, path: str) -> int:
+    parent, _, name = path.rpartition(".")
+    return int(getattr(block.get_submodule(parent), name))
+
+
+def rotary_channels(model: nn.Module, block: int) -> Tensor:
+    """Channels of the model's rotary embedding that the heads of a block rotate by; empty without one."""
     architecture = architecture_of(model)
     if architecture.rotary is None:
-        return 0
-    embedding = model.get_submodule(architecture.rotary)
-    types = getattr(model.config, "layer_types", None)
-    names = ("inv_freq", f"{types[block]}_inv_freq" if types else "inv_freq")
-    frequencies = next(getattr(embedding, name) for name in names if hasattr(embedding, name))
-    return 2 * len(frequencies)
+        return torch.arange(0)
+    attention = blocks(model)[block].get_submodule(architecture.attention)
+    if hasattr(attention, KEPT_ROTARY):
+        return attention.get_submodule(KEPT_ROTARY).get_buffer("channels").long().cpu()
+    return torch.arange(2 * len(frequencies(model.get_submodule(architecture.rotary), model.config, block)))
+
+
+def frequencies(embedding: nn.Module, config: Any, block: int) -> Tensor:
+    """Angles a token, `[rotary / 2]`, by which a model's rotary embedding turns the heads of a block."""
+    types = getattr(config, "layer_types", None)
+    own = f"{types[block]}_inv_freq" if types else ""
+    return embedding.get_buffer(own if hasattr(embedding, own) else "inv_freq")
 
 
 def linears(model: nn.Module) -> list[BlockLinear]:

@@ -1,7 +1,8 @@
 """Saving and loading: teaches transformers the quantization method `pycompress`.
 
 After this module is imported, `save_pretrained` writes a compressed model and `AutoModelForCausalLM.from_pretrained`
-restores it. `config.json` lists the spec of each compressed module; the tensors lie in the usual safetensors files.
+restores it. `config.json` lists the spec of each compressed module and, where they differ, the sizes of each block; the
+tensors lie in the usual safetensors files.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pycompress.formats import Rounded, SharedChannels
-from pycompress.layers import SharedLinear
+from pycompress.groups import ARCHITECTURES, Architecture, Geometry, frequencies
+from pycompress.layers import KeptRotary, SharedLinear
+from pycompress.resize import resize
 from pycompress.storage import CODES
 
 METHOD = "pycompress"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SIZES = ("heads", "kv_heads", "width", "rotary", "mlp")
 SPEC_FIELDS = {
     SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
     Rounded.name: {"bits", "scales", "shape"},
@@ -49,14 +53,18 @@ Spec = dict[str, Any]
 
 
 class PycompressConfig(QuantizationConfigMixin):
-    """What `config.json` holds: `modules` maps the name of each compressed module to its format's `spec()`.
+    """What `config.json` holds of a compressed model.
 
-    Raises `ValueError` for a format version or a format that this pycompress does not know.
+    `modules` maps the name of each compressed module to its format's `spec()`. `blocks`, where blocks have sizes of
+    their own (since format version 2): the `architecture`, a list with one number a block for each of `heads`,
+    `kv_heads`, `width`, `rotary` and `mlp` as in `groups.Geometry`, and `biases`, the blocks by role whose linears have
+    a bias of their own. Raises `ValueError` for a format version or a format that this pycompress does not know.
     """
 
     def __init__(
         self,
         modules: dict[str, Spec] | None = None,
+        blocks: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -73,6 +81,12 @@ class PycompressConfig(QuantizationConfigMixin):
         self.modules = dict(modules or {})
         for name, spec in self.modules.items():
             _check_spec(name, spec)
+        self.blocks = copy.deepcopy(blocks)
+        if blocks is not None:
+            _check_blocks(blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "blocks" or value is not None}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field by name: `from_pretrained(..., config=model.config)` reads this object as the dict it saves as."""
@@ -95,6 +109,8 @@ class PycompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        if config.blocks is not None:
+            _resize_blocks(model, config.blocks)
         config.modules = {_resolve(model, name): spec for name, spec in config.modules.items()}
         for name, spec in config.modules.items():
             module = model.get_submodule(name)
@@ -119,6 +135,9 @@ class PycompressQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if isinstance(module, SharedLinear):
                 _check_loaded(name, module)
+        for name, module in model.named_modules():
+            if isinstance(module, KeptRotary):
+                _check_rotary(name, module)
         # The tensors are ordinary floats that train and cast: without this, transformers forbids .half() and .float().
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -163,19 +182,36 @@ def record(model: nn.Module, name: str, spec: Spec) -> None:
     config = _own_config(model)
     if config is None:
         config = PycompressConfig()
-        model.config.quantization_config = config  # type: ignore[union-attr]
-        model.hf_quantizer = PycompressQuantizer(config)  # type: ignore[assignment]
+        _own(model, config)
     config.modules[name] = copy.deepcopy(spec)
 
 
+def record_blocks(
+    model: nn.Module, architecture: Architecture, sizes: list[Geometry], biases: dict[str, list[int]]
+) -> None:
+    """Note the sizes of each block on a model without packed modules, so that `save_pretrained` writes them.
+
+    `biases`: for a role the blocks whose linear has a bias that transformers' has not.
+    """
+    blocks: dict[str, Any] = {"architecture": architecture.class_name}
+    blocks |= {size: [getattr(block, size) for block in sizes] for size in SIZES}
+    _own(model, PycompressConfig(blocks=blocks | {"biases": biases}))
+
+
+def added_biases(model: nn.Module) -> dict[str, list[int]]:
+    """For a role the blocks whose linear has a bias that transformers' has not."""
+    config = _own_config(model)
+    return copy.deepcopy(config.blocks["biases"]) if config is not None and config.blocks is not None else {}
+
+
 def forget(model: nn.Module, names: list[str]) -> None:
-    """Take the record of these modules back; with none left, the model is an ordinary dense one again."""
+    """Take the record of these modules back; with none left, a model is an ordinary dense one again."""
     config = _own_config(model)
     if config is None:
         return
     for name in names:
         config.modules.pop(name, None)
-    if not config.modules:
+    if not config.modules and config.blocks is None:
         del model.hf_quantizer
         if getattr(model.config, "quantization_config", None) is config:
             del model.config.quantization_config  # type: ignore[union-attr]
@@ -227,6 +263,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _own(model: nn.Module, config: PycompressConfig) -> None:
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer = PycompressQuantizer(config)  # type: ignore[assignment]
+
+
 def _own_config(model: nn.Module) -> PycompressConfig | None:
     """From the quantizer, not from `model.config`: another model may share that object."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
@@ -258,6 +299,42 @@ def _check_spec(name: str, spec: Spec) -> None:
         raise ValueError(f"{name}: storage must be float, int8 or int4, got {spec['storage']!r}")
 
 
+def _check_blocks(blocks: dict[str, Any]) -> None:
+    if set(blocks) != {"architecture", "biases", *SIZES}:
+        raise ValueError(
+            f"blocks in the pycompress quantization_config has the fields architecture, biases, {', '.join(SIZES)}; "
+            f"got {', '.join(sorted(blocks))}"
+        )
+    if blocks["architecture"] not in ARCHITECTURES:
+        raise ValueError(
+            f"the model is a shrunk {blocks['architecture']}, this pycompress knows {', '.join(ARCHITECTURES)}; "
+            f"upgrade it: pip install --upgrade pycompress"
+        )
+    depths = {len(blocks[size]) for size in SIZES}
+    whole = all(isinstance(n, int) and n >= (size != "rotary") for size in SIZES for n in blocks[size])
+    if len(depths) != 1 or not whole:
+        raise ValueError(f"blocks in the pycompress quantization_config must hold one size a block, got {blocks}")
+
+
+def _resize_blocks(model: nn.Module, blocks: dict[str, Any]) -> None:
+    """Give the blocks of an empty model the sizes that `config.json` says."""
+    architecture = ARCHITECTURES[blocks["architecture"]]
+    found = list(model.get_submodule(_resolve(model, architecture.blocks)).children())
+    if len(found) != len(blocks["mlp"]):
+        raise ValueError(
+            f"config.json lists the sizes of {len(blocks['mlp'])} blocks, but {type(model).__name__} builds "
+            f"{len(found)}; config.json does not belong to this model"
+        )
+    embedding = None if architecture.rotary is None else model.get_submodule(_resolve(model, architecture.rotary))
+    for index, block in enumerate(found):
+        rotary = 0 if embedding is None else 2 * len(frequencies(embedding, model.config, index))
+        sizes = {size: blocks[size][index] for size in SIZES}
+        hidden, _ = linear_shape(block.get_submodule(architecture.paths["o"])) or (0, 0)
+        geometry = Geometry(**sizes, hidden=hidden, roles=architecture.roles, fused=architecture.fused)
+        biases = [role for role, having in blocks["biases"].items() if index in having]
+        resize(block, architecture, model.config, geometry, index=index, rotary=rotary, biases=biases)
+
+
 def _resolve(model: nn.Module, name: str) -> str:
     """`name` as this class has it: a base model lacks its causal LM's prefix, and the other way round."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -266,7 +343,7 @@ def _resolve(model: nn.Module, name: str) -> str:
         if candidate in names:
             return candidate
     raise ValueError(
-        f"config.json lists the compressed module {name}, but {type(model).__name__} has no such module; "
+        f"config.json lists the module {name}, but {type(model).__name__} has no such module; "
         f"config.json does not belong to this model"
     )
 
@@ -292,6 +369,17 @@ def _check_loaded(name: str, layer: SharedLinear) -> None:
             raise ValueError(f"{name}.labels must be in [0, {layer.clusters}); the saved files are damaged")
         if key == "channels" and not torch.equal(tensor.cpu().sort().values.long(), torch.arange(len(tensor))):
             raise ValueError(f"{name}.channels must be a permutation; the saved files are damaged")
+
+
+def _check_rotary(name: str, kept: KeptRotary) -> None:
+    if kept.channels.is_meta:
+        return
+    if not getattr(kept.channels, "_is_hf_initialized", False):
+        raise ValueError(f"the saved files lack {name}.channels; save or download the model again")
+    low, high = kept.channels.cpu().long().chunk(2)
+    ascending = bool((kept.channels.diff() > 0).all()) and int(low[0]) >= 0
+    if not ascending or bool(((high - low) != (high - low)[0]).any()):
+        raise ValueError(f"{name}.channels must be pairs of channels, ascending; the saved files are damaged")
 
 
 register()

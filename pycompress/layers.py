@@ -85,3 +85,22 @@ def _numbers(
     codes = {name: code for code, name in CODES.items()}
     empty = torch.empty(stored_shape(rows, n, storage), dtype=codes.get(storage, dtype), device=device)
     return nn.Parameter(empty, requires_grad=storage == "float")
+
+
+class KeptRotary(nn.Module):
+    """Of a rotary embedding's cosines and sines `[..., rotary]`, those of the channels that an attention keeps.
+
+    `channels [kept]`: int32, pairs `(j, j + rotary / 2)` together, ascending.
+    """
+
+    channels: Tensor
+
+    def __init__(self, kept: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("channels", torch.empty(kept, dtype=torch.int32, device=device))
+
+    def forward(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return cos.index_select(-1, self.channels), sin.index_select(-1, self.channels)
+
+    def extra_repr(self) -> str:
+        return f"channels={len(self.channels)}"

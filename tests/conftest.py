@@ -13,6 +13,7 @@ import transformers
 from pycompress import _ext, groups
 from pycompress.formats import SharedChannels, pack_shared
 from pycompress.replace import dense_weight, replace
+from pycompress.subnet import Kept, Subnet
 
 COMMON = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GQA = {
@@ -141,3 +142,74 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _ext.C.set_isa(request.param)
     yield request.param
     _ext.C.set_isa(before)
+
+
+# What each of four blocks keeps: MLP channels, channels of a head, key-value heads; None: the block is dropped.
+SHRINK_CASES: dict[str, list[dict[str, int] | None]] = {
+    "mlp": [{"mlp": 40}, {"mlp": 96}, {"mlp": 7}, {"mlp": 40}],
+    "width": [{"width": 8}, {"width": 12}, {}, {"width": 8}],
+    "kv_heads": [{"kv_heads": 1}, {}, {"kv_heads": 2}, {"kv_heads": 1}],
+    "all": [{"mlp": 40, "width": 8, "kv_heads": 1}, None, {"mlp": 17, "width": 12}, {"kv_heads": 1, "mlp": 33}],
+    "depth": [{}, None, {}, {}],
+    "alike_mlp": [{"mlp": 40}, None, {"mlp": 40}, {"mlp": 40}],
+    "alike_heads": [{"mlp": 40, "kv_heads": 1}, None, {"mlp": 40, "kv_heads": 1}, {"mlp": 40, "kv_heads": 1}],
+    "alike": [{"mlp": 40, "width": 8}, None, {"mlp": 40, "width": 8}, {"mlp": 40, "width": 8}],
+}
+
+
+def deep_model(class_name: str, **overrides: Any) -> transformers.PreTrainedModel:
+    """A tiny model of four blocks."""
+    if class_name == "Gemma3ForCausalLM":
+        overrides = {"layer_types": ["sliding_attention", "full_attention"] * 2} | overrides
+    return tiny_model(class_name, num_hidden_layers=4, **overrides)
+
+
+def draw_subnet(model: transformers.PreTrainedModel, case: str, seed: int = 0) -> Subnet:
+    """A random subnet of the sizes of a case; rotary pairs are the same in every block that keeps as many."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [
+        None if sizes is None else _draw_kept(groups.geometry(model, block), sizes, generator)
+        for block, sizes in enumerate(SHRINK_CASES[case])
+    ]
+    return Subnet(tuple(blocks))
+
+
+def _draw_kept(block: groups.Geometry, sizes: dict[str, int], generator: torch.Generator) -> Kept:
+    def some(size: int, count: int, generator: torch.Generator = generator) -> torch.Tensor:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+    mlp = some(block.mlp, sizes["mlp"]) if "mlp" in sizes else None
+    kv_heads = some(block.kv_heads, sizes["kv_heads"]) if "kv_heads" in sizes else None
+    if "width" not in sizes:
+        return Kept(mlp=mlp, kv_heads=kv_heads)
+    width, heads = sizes["width"], range(block.kv_heads if kv_heads is None else len(kv_heads))
+    if block.rotary:
+        same = torch.Generator().manual_seed(width)
+        pairs = width // 2 if block.rotary == block.width else block.rotary // 4
+        low = some(block.rotary // 2, pairs, same)
+        passed = some(block.width - block.rotary, width - 2 * pairs, same) + block.rotary
+        qk = torch.cat([low, low + block.rotary // 2, passed])[None]
+    else:
+        qk = torch.stack([some(block.width, width) for _ in heads])
+    return Kept(mlp, qk, torch.stack([some(block.width, width) for _ in heads]), kv_heads)
+
+
+@pytest.fixture(name="deep_model", scope="session")
+def deep_model_fixture() -> Callable[..., transformers.PreTrainedModel]:
+    return deep_model
+
+
+@pytest.fixture(name="draw", scope="session")
+def draw_fixture() -> Callable[..., Subnet]:
+    return draw_subnet
+
+
+@pytest.fixture(params=SHRINK_CASES)
+def shrink_case(request: pytest.FixtureRequest) -> str:
+    """The name of each way to shrink a model in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def every_shrink_case() -> list[str]:
+    return list(SHRINK_CASES)

@@ -319,7 +319,7 @@ def damaged(saved, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=2), r"format version 2, .* up to 1; upgrade it"),
+        (lambda c: c.update(format_version=3), r"format version 3, .* up to 2; upgrade it"),
         (lambda c: c.update(format_version="x"), "format version x"),
         (lambda c: c.update(surprise=1), "unknown fields .*: surprise"),
         (lambda c: c["modules"][Q].update(format="holographic"), "in format 'holographic', .* knows shared_channels"),

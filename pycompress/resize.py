@@ -1,0 +1,111 @@
+"""Gives the modules of a decoder block other sizes: what shrinking a model and loading a shrunk one have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from pycompress.groups import KEPT_ROTARY, Architecture, Geometry
+from pycompress.layers import KeptRotary
+from pycompress.subnet import Kept
+
+
+def resize(
+    block: nn.Module,
+    architecture: Architecture,
+    config: Any,
+    geometry: Geometry,
+    *,
+    index: int,
+    rotary: int,
+    biases: Collection[str] = (),
+) -> None:
+    """Make the modules of `block`, the `index`-th of its model, those of `geometry`.
+
+    Linears and norms of another size are replaced by empty ones on the meta device; the others stay. `rotary`: channels
+    of the model's rotary embedding; where the block keeps fewer, its attention gets a `KeptRotary`, empty too.
+    `biases`: roles that get a bias where they have none.
+    """
+    for role, shape in geometry.shapes(Kept()).items():
+        path = architecture.paths[role]
+        module = block.get_submodule(path)
+        bias = module.bias is not None or role in biases
+        if module.weight.shape != _stored(module, shape) or bias != (module.bias is not None):
+            block.set_submodule(path, _empty(module, shape, bias))
+    for path in architecture.head_norms:
+        norm = block.get_submodule(path)
+        weight = norm.get_parameter("weight")
+        if len(weight) != geometry.width:
+            empty = torch.empty(geometry.width, dtype=weight.dtype, device="meta")
+            norm.register_parameter("weight", nn.Parameter(empty, requires_grad=weight.requires_grad))
+    for path, size in architecture.sizes.items():
+        parent, _, name = path.rpartition(".")
+        if hasattr(block.get_submodule(parent), name):
+            setattr(block.get_submodule(parent), name, getattr(geometry, size))
+    attention: Any = block.get_submodule(architecture.attention)
+    attention.scaling = softmax_scale(architecture, config, attention.scaling, geometry.width, index)
+    if architecture.heads_from_config and getattr(config, architecture.heads) != geometry.heads:
+        attention.config = OwnConfig(config, **{architecture.heads: geometry.heads})
+    _select_rotary(attention, None if rotary == geometry.rotary else geometry.rotary)
+
+
+def softmax_scale(architecture: Architecture, config: Any, scale: float, width: int, index: int) -> float:
+    """What the attention of block `index` multiplies its logits with when its heads are `width` wide.
+
+    `scale`: what it does now.
+    """
+    if architecture.fixed_scale:
+        return scale
+    by_width = architecture.scale_by_width is None or getattr(config, architecture.scale_by_width)
+    by_index = architecture.scale_by_index is not None and getattr(config, architecture.scale_by_index)
+    return (width**-0.5 if by_width else 1.0) / (float(index + 1) if by_index else 1.0)
+
+
+def keep_rotary(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of an attention with a `KeptRotary`."""
+    kept = attention.get_submodule(KEPT_ROTARY)
+    return args, kwargs | {"position_embeddings": kept(*kwargs["position_embeddings"])}
+
+
+class OwnConfig:
+    """A model's config, some fields apart, for a module that reads its sizes from there."""
+
+    def __init__(self, shared: Any, **own: Any) -> None:
+        self.shared = shared
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def _select_rotary(attention: nn.Module, kept: int | None) -> None:
+    for key, hook in list(attention._forward_pre_hooks.items()):
+        if hook is keep_rotary:
+            delattr(attention, KEPT_ROTARY)
+            del attention._forward_pre_hooks[key], attention._forward_pre_hooks_with_kwargs[key]
+    if kept is not None:
+        setattr(attention, KEPT_ROTARY, KeptRotary(kept, device="meta"))
+        attention.register_forward_pre_hook(keep_rotary, with_kwargs=True)
+
+
+def _stored(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the weight in this kind of module."""
+    return shape if isinstance(module, nn.Linear) else (shape[1], shape[0])
+
+
+def _empty(module: nn.Module, shape: tuple[int, int], bias: bool) -> nn.Module:
+    """A linear of the same kind and another size, on the meta device."""
+    weight = module.get_parameter("weight")
+    with torch.device("meta"):
+        if isinstance(module, nn.Linear):
+            made: nn.Module = nn.Linear(shape[1], shape[0], bias=bias, dtype=weight.dtype)
+        else:
+            made = type(module)(*shape).to(weight.dtype)
+    for parameter in made.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    return made.train(module.training)
