@@ -193,6 +193,35 @@ class Geometry:
             found[role] = (self.hidden, size) if reads else (size, self.hidden)
         return found
 
+    def parameters(self, kept: Kept) -> int:
+        """Weights of the block's linears that stay, biases apart."""
+        return sum(rows * columns for rows, columns in self.shapes(kept).values())
+
+    def mlp_width(self, fraction: float, round_to: int | None = None) -> int:
+        """MLP channels to keep for about `fraction` of them: a multiple of `round_to`, or all.
+
+        By default 64, 8 or 1: the largest of which there are at least four.
+        """
+        return _rounded(self.mlp, fraction, round_to or _step(self.mlp, (64, 8, 1)))
+
+    def head_width(self, fraction: float, round_to: int | None = None) -> int:
+        """Channels of a head to keep for about `fraction` of them: a multiple of `round_to`, or all.
+
+        By default 8 or 2: the largest of which there are at least four. Raises `ValueError` for an odd `round_to`.
+        """
+        step = round_to or _step(self.width, (8, 2))
+        if step % 2:
+            raise ValueError(f"the width of heads is rounded to an even number, got round_to={step}")
+        return _rounded(self.width, fraction, step)
+
+    def rotated(self, width: int) -> int:
+        """How many of `width` kept channels of a head should rotate: as large a part as of all; pairs, at least one."""
+        if not self.rotary:
+            return 0
+        pairs = min(max(1, round(width / self.width * self.rotary / 2)), width // 2)
+        fewest = width - (self.width - self.rotary)
+        return max(2 * pairs, fewest + fewest % 2)
+
     def kept(self, kept: Kept) -> Geometry:
         """The geometry of the block that is left."""
         qk = None if kept.qk is None else kept.qk[0]
@@ -233,6 +262,8 @@ class Geometry:
                     f"qk keeps channel j of a rotary pair (j, j + {self.rotary // 2}) without the other, got "
                     f"{rotated.tolist()}; keep or remove both"
                 )
+            if len(low) == 0:
+                raise ValueError("qk keeps no channel that rotates; keep at least one pair")
 
     def _parts(self) -> list[str]:
         fused = {fused.role: fused.parts for fused in self.fused}
@@ -259,6 +290,17 @@ class Geometry:
             return index
         rows = channels.repeat_interleave(len(index) // len(channels), 0)
         return index.gather(1, rows)
+
+
+def _step(size: int, steps: tuple[int, ...]) -> int:
+    return next((step for step in steps if size >= 4 * step), steps[-1])
+
+
+def _rounded(size: int, fraction: float, step: int) -> int:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the fraction of channels to keep must be in (0, 1], got {fraction}")
+    nearest = max(1, round(size * fraction / step)) * step
+    return size if fraction == 1 else min(nearest, size)
 
 
 class BlockLinear(NamedTuple):

@@ -106,11 +106,11 @@ def _indices(name: str, values: Any, ndim: int) -> Tensor | None:
     if values is None:
         return None
     index = torch.as_tensor(values).detach().cpu()
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise ValueError(f"{name} must be indices, got {index.dtype}; of a mask take mask.nonzero()")
     if index.ndim != ndim or index.numel() == 0:
         what = "one row of indices" if ndim == 1 else "rows of indices, [rows, width]"
         raise ValueError(f"{name} must be {what}, at least one each, got shape {list(index.shape)}")
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(f"{name} must be indices, got {index.dtype}; of a mask take mask.nonzero()")
     index = index.to(torch.int64, copy=True).contiguous()
     if int(index.min()) < 0 or bool((index.diff(dim=-1) <= 0).any()):
         raise ValueError(f"{name} must be ascending indices from 0 on, each once, got {index.tolist()}")

@@ -208,8 +208,3 @@ def draw_fixture() -> Callable[..., Subnet]:
 def shrink_case(request: pytest.FixtureRequest) -> str:
     """The name of each way to shrink a model in turn."""
     return request.param
-
-
-@pytest.fixture(scope="session")
-def every_shrink_case() -> list[str]:
-    return list(SHRINK_CASES)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pycompress import groups
+from pycompress.subnet import Kept
 
 
 def test_every_architecture_has_a_tiny_model(every_architecture):
@@ -184,3 +185,139 @@ def test_select_without_targets_takes_every_linear_of_the_blocks(tiny_model, arc
 def test_select_refuses_a_target_that_names_nothing(tiny_model, class_name, targets, message):
     with pytest.raises(ValueError, match=message):
         groups.select(tiny_model(class_name), targets)
+
+
+# heads, kv_heads, width, rotary: by each class's own config.
+SIZES = {
+    "LlamaForCausalLM": (4, 2, 16, 16),
+    "MistralForCausalLM": (4, 2, 24, 24),
+    "Qwen2ForCausalLM": (4, 2, 16, 16),
+    "Qwen3ForCausalLM": (4, 2, 32, 32),
+    "Gemma3ForCausalLM": (4, 2, 32, 32),
+    "OPTForCausalLM": (4, 4, 16, 0),
+    "GPTNeoXForCausalLM": (4, 4, 16, 4),
+    "GPT2LMHeadModel": (4, 4, 16, 0),
+    "Phi3ForCausalLM": (4, 2, 16, 16),
+}
+
+
+def test_geometry_tells_the_sizes_of_a_block(tiny_model, architecture):
+    block = groups.geometry(tiny_model(architecture), 1)
+    assert (block.heads, block.kv_heads, block.width, block.rotary) == SIZES[architecture]
+    assert (block.mlp, block.hidden) == (96, 64)
+
+
+def test_shapes_and_parameters_of_all_that_is_kept_are_those_of_the_linears(tiny_model, architecture):
+    model = tiny_model(architecture)
+    description = groups.architecture_of(model)
+    block = groups.geometry(model, 0)
+    shapes = {role: (_width(model, description, role, 0), _width(model, description, role, 1)) for role in block.roles}
+    assert block.shapes(Kept()) == shapes
+    assert block.parameters(Kept()) == sum(rows * columns for rows, columns in shapes.values())
+
+
+KEPT = Kept(mlp=[1, 4], qk=[[0, 1, 8, 9]], vo=[[2, 3, 4, 15]], kv_heads=[1])
+
+
+@pytest.mark.parametrize(
+    ("class_name", "role", "rows"),
+    [
+        ("LlamaForCausalLM", "q", [*(32, 33, 40, 41), *(48, 49, 56, 57)]),
+        ("LlamaForCausalLM", "k", [16, 17, 24, 25]),
+        ("LlamaForCausalLM", "v", [18, 19, 20, 31]),
+        ("LlamaForCausalLM", "gate", [1, 4]),
+        ("OPTForCausalLM", "q", [16, 17, 24, 25]),
+        ("GPT2LMHeadModel", "k", [64 + 16, 64 + 17, 64 + 24, 64 + 25]),
+        ("GPT2LMHeadModel", "qkv", [*(16, 17, 24, 25), *(80, 81, 88, 89), *(146, 147, 148, 159)]),
+        ("Phi3ForCausalLM", "v", [96 + 18, 96 + 19, 96 + 20, 96 + 31]),
+        ("Phi3ForCausalLM", "up", [97, 100]),
+        ("Phi3ForCausalLM", "gate_up", [1, 4, 97, 100]),
+    ],
+)
+def test_rows_of_what_is_kept(tiny_model, class_name, role, rows):
+    assert groups.geometry(tiny_model(class_name), 0).rows(role, KEPT).tolist() == rows
+
+
+def test_rows_of_heads_that_lie_side_by_side(tiny_model):
+    block = groups.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
+    kept = Kept(qk=[[1, 3]], vo=[[0, 5]] * 2, kv_heads=[0, 2])
+    assert block.rows("qkv", kept).tolist() == [1, 3, 17, 19, 32, 37, 97, 99, 113, 115, 128, 133]
+    assert block.rows("v", kept).tolist() == [32, 37, 128, 133]
+    assert block.columns("o", kept).tolist() == [0, 5, 32, 37]
+    assert block.holder("v") == "qkv"
+
+
+def test_columns_of_what_is_kept(tiny_model):
+    block = groups.geometry(tiny_model("LlamaForCausalLM"), 0)
+    assert block.columns("o", KEPT).tolist() == [34, 35, 36, 47, 50, 51, 52, 63]
+    assert block.columns("down", KEPT).tolist() == [1, 4]
+
+
+def test_units_of_a_partly_rotated_head(tiny_model):
+    block = groups.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
+    assert block.qk_units.tolist() == [[0, 2], [1, 3]]
+    assert block.passed.tolist() == list(range(4, 16))
+    assert [block.rotated(width) for width in (16, 14, 8, 4, 2)] == [4, 4, 2, 2, 2]
+    plain = groups.geometry(tiny_model("GPT2LMHeadModel"), 0)
+    assert plain.qk_units.flatten().tolist() == list(range(16))
+    assert len(plain.passed) == 0
+
+
+@pytest.mark.parametrize(
+    ("mlp", "fraction", "width"),
+    [
+        (11008, 0.5, 5504),
+        (11008, 0.333, 3648),
+        (11008, 1e-6, 64),
+        (11008, 1.0, 11008),
+        (256, 0.6, 128),
+        (255, 0.5, 128),
+        (255, 0.99, 255),
+        (100, 0.99, 96),
+        (30, 0.5, 15),
+    ],
+)
+def test_mlp_widths_are_multiples_that_kernels_like(mlp, fraction, width):
+    block = groups.Geometry(4, 4, 64, 64, mlp, 64, ("q", "k", "v", "o", "up", "down"))
+    assert block.mlp_width(fraction) == width
+
+
+@pytest.mark.parametrize(("width", "fraction", "kept"), [(128, 0.7, 88), (128, 0.01, 8), (24, 0.5, 12), (16, 0.99, 16)])
+def test_head_widths_are_even(width, fraction, kept):
+    block = groups.Geometry(4, 4, width, width, 256, 64, ("q", "k", "v", "o", "up", "down"))
+    assert block.head_width(fraction) == kept
+    assert block.rotated(kept) == kept
+
+
+def test_rounding_refuses_what_it_cannot_do():
+    block = groups.Geometry(4, 4, 64, 64, 256, 64, ("q", "k", "v", "o", "up", "down"))
+    assert block.mlp_width(0.5, round_to=100) == 100
+    for fraction in (0, 1.1, -1):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+            block.mlp_width(fraction)
+    with pytest.raises(ValueError, match="even number, got round_to=3"):
+        block.head_width(0.5, round_to=3)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "fields", "message"),
+    [
+        ("LlamaForCausalLM", {"mlp": [96]}, "mlp keeps index 96, the block has 96"),
+        ("LlamaForCausalLM", {"kv_heads": [0, 2]}, "kv_heads keeps index 2, the block has 2"),
+        ("LlamaForCausalLM", {"qk": [[0, 1]], "vo": [[0, 1]] * 2}, r"rotary pair \(j, j \+ 8\) without the other"),
+        ("LlamaForCausalLM", {"qk": [[0, 8]] * 2, "vo": [[0, 1]] * 2}, "qk has 2 rows; give 1, since the rotary"),
+        ("LlamaForCausalLM", {"qk": [[0, 8]], "vo": [[0, 1]]}, "vo has 1 rows; give one a kept key-value head, 2"),
+        ("GPTNeoXForCausalLM", {"qk": [[4, 8]], "vo": [[0, 1]] * 4}, "qk keeps no channel that rotates"),
+        ("GPT2LMHeadModel", {"qk": [[0, 8]] * 3, "vo": [[0, 1]] * 4}, "qk has 3 rows; give 1 or 4"),
+        ("LlamaForCausalLM", {"qk": [[0, 8]]}, "qk keeps 2 of 16 channels and vo all of them"),
+        ("LlamaForCausalLM", {"vo": [[0, 1]] * 2}, "vo keeps 2 of 16 channels and qk all of them"),
+    ],
+)
+def test_geometry_refuses_what_a_block_cannot_keep(tiny_model, class_name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        groups.geometry(tiny_model(class_name), 0).check(Kept(**fields))
+
+
+def test_a_role_that_a_block_has_not_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="the block has no 'gate'; it has q, k, v, o, up, down"):
+        groups.geometry(tiny_model("GPT2LMHeadModel"), 0).rows("gate", Kept())
