@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils._pytree import tree_map
 
 from pycompress.measure.model import embedding
@@ -196,6 +197,23 @@ class Stream:
     def _enter_next(self, outputs: list[Tensor | None]) -> None:
         self.hidden = [output for output in outputs if output is not None]
         self.position += 1
+
+
+def block_influence(stream: Stream) -> Tensor:
+    """How much each block changes its input, `[blocks]` float64: one minus the mean cosine of input and output.
+
+    Takes the stream from its first block past its last. Padding does not count. Reference: arXiv:2403.03853.
+    """
+    found = []
+    for _ in stream.blocks:
+        entered = stream.hidden
+        stream.advance()
+        cosines = []
+        for before, after, mask in zip(entered, stream.hidden, stream.masks, strict=True):
+            values = cosine_similarity(before.double(), after.double(), dim=-1)
+            cosines.append(values.flatten() if mask is None else values[mask])
+        found.append(1 - torch.cat(cosines).mean())
+    return torch.stack(found)
 
 
 class _InputGram:

@@ -3,8 +3,9 @@
 import torch
 
 from pycompress import groups
-from pycompress.calibrate import Stream, first_tokens, prepare
-from pycompress.sensitivity import loss_sensitivity
+from pycompress.calibrate import Stream, block_influence, first_tokens, prepare
+from pycompress.replace import dense_weight
+from pycompress.sensitivity import loss_sensitivity, weight_saliency
 
 IDS = torch.randint(3, 97, (5, 24), generator=torch.Generator().manual_seed(1))
 
@@ -61,3 +62,33 @@ def test_first_tokens_stops_when_it_has_enough():
     batches = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:]}]
     assert [row["input_ids"].shape for row in first_tokens(batches, 60)] == [(1, 24)] * 3
     assert len(first_tokens(batches, 10**9)) == 5
+
+
+def test_saliency_is_weight_times_gradient(architecture, tiny_model):
+    model = tiny_model(architecture)
+    names = [linear.name for linear in groups.linears(model)]
+    weights = {name: dense_weight(model.get_submodule(name)) for name in names}
+    found = weight_saliency(model, groups.blocks(model), prepare(model, IDS, None), weights)
+    logits = model(IDS).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    for name in names:
+        module = model.get_submodule(name)
+        product = (module.weight * module.weight.grad).abs().double() / IDS.numel()
+        product = product if isinstance(module, torch.nn.Linear) else product.T
+        for sums, dim in zip(found[name], (1, 0), strict=True):
+            torch.testing.assert_close(sums.double(), product.sum(dim), rtol=1e-3, atol=1e-9)
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    mask = torch.ones_like(IDS)
+    mask[1, 20:] = 0
+    batch = {"input_ids": IDS, "attention_mask": mask}
+    seen = []
+    for block in groups.blocks(model):
+        block.register_forward_hook(lambda m, a, y: seen.append((a[0][mask.bool()], y[mask.bool()])))
+    with torch.no_grad():
+        model(**batch)
+    expected = [1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean() for x, y in seen]
+    found = block_influence(Stream.open(model, groups.blocks(model), prepare(model, [batch], None)))
+    torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,54 @@
+"""FLAP: channels that hardly fluctuate are replaced by their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pycompress.methods.importance import column_scores
+from pycompress.methods.structural import STRUCTURAL, Group, Structural
+from pycompress.recipe import Config
+
+STRUCTURES = ("adaptive", "uniform")
+
+
+@dataclass(frozen=True)
+class FLAP(Config):
+    """Remove the units whose channels fluctuate least around their mean, and put the mean into the readers' bias.
+
+    `keep`: kept parameters over the targets' parameters, in (0, 1]. `structure`: "adaptive" ranks the standardised
+    scores of all blocks together, "uniform" takes the same share of every block. Raises ValueError on other values.
+
+    Reference: arXiv:2312.11983.
+    """
+
+    keep: float = 0.8
+    structure: str = "adaptive"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("keep")
+        self.check_choice("structure", *STRUCTURES)
+
+
+def scores(group: Group, config: FLAP) -> Tensor:
+    """`Σ var(x_j) ‖W_:j‖²` over each unit's columns of the group's readers, `[U]`, standardised within the group."""
+    found = []
+    for member in group.readers:
+        assert member.gram is not None
+        assert member.mean is not None
+        variance = (member.gram.double().diagonal() - member.mean.double().square()).clamp(min=0)
+        found.append(column_scores(member.weight.double().square() * variance, member.units))
+    total = torch.stack(found).sum(0)
+    return (total - total.mean()) / total.std().clamp(min=1e-300)
+
+
+STRUCTURAL[FLAP] = Structural(
+    scores, needs=("gram", "mean"), compared=lambda config: config.structure == "adaptive", refit="bias"
+)

@@ -1,0 +1,46 @@
+"""Whole decoder blocks dropped: those that change their input least, or the last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pycompress.methods.structural import STRUCTURAL, Structural
+from pycompress.recipe import Config
+
+ORDERS = ("influence", "last")
+
+
+@dataclass(frozen=True)
+class LayerDrop(Config):
+    """Drop whole decoder blocks.
+
+    `keep`: kept parameters over the targets' parameters, in (0, 1]; as many blocks stay as fit. `order`: "influence"
+    drops the blocks whose output is most like their input, "last" the last ones. Raises ValueError on other values.
+
+    Reference: arXiv:2403.03853 (block influence); arXiv:2305.14864 (the last ones).
+    """
+
+    keep: float = 0.8
+    order: str = "influence"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.order == "influence"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("keep")
+        self.check_choice("order", *ORDERS)
+
+
+def blocks(influence: Tensor, config: LayerDrop) -> Tensor:
+    """Importance of each block, `[B]`: its influence, or with "last" how far it is from the end."""
+    if config.order == "influence":
+        return influence.double()
+    return torch.arange(len(influence), 0, -1, dtype=torch.float64)
+
+
+STRUCTURAL[LayerDrop] = Structural(blocks=blocks, needs=("influence",))

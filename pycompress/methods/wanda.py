@@ -1,0 +1,45 @@
+"""Wanda's weights times activations, summed over channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pycompress.methods.importance import column_scores
+from pycompress.methods.structural import STRUCTURAL, Group, Structural
+from pycompress.recipe import Config
+
+
+@dataclass(frozen=True)
+class Wanda(Config):
+    """Remove the units whose channels weigh least in what reads them: `Σ |W_ij| ‖x_j‖`, the same share of every block.
+
+    `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
+
+    Reference: arXiv:2306.11695, summed over the columns of a unit as in arXiv:2312.11983's Wanda-sp.
+    """
+
+    keep: float = 0.8
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("keep")
+
+
+def scores(group: Group, config: Wanda) -> Tensor:
+    """`Σ |W_ij| √(mean x_j²)` over each unit's columns of the group's readers, `[U]`."""
+    found = []
+    for member in group.readers:
+        assert member.gram is not None
+        norms = member.gram.double().diagonal().sqrt()
+        found.append(column_scores(member.weight.double().abs() * norms, member.units))
+    return torch.stack(found).sum(0)
+
+
+STRUCTURAL[Wanda] = Structural(scores, needs=("gram",))
