@@ -5,9 +5,24 @@ Importing this package teaches transformers to load and save compressed models.
 
 from pycompress import hub
 from pycompress.api import apply
-from pycompress.methods import RTN, SWSC, LowRank
+from pycompress.methods import FLAP, RTN, SWSC, LayerDrop, LowRank, Magnitude, Random, SubnetSearch, Taylor, Wanda
 from pycompress.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["RTN", "SWSC", "LowRank", "Report", "__version__", "apply", "hub"]
+__all__ = [
+    "FLAP",
+    "RTN",
+    "SWSC",
+    "LayerDrop",
+    "LowRank",
+    "Magnitude",
+    "Random",
+    "Report",
+    "SubnetSearch",
+    "Taylor",
+    "Wanda",
+    "__version__",
+    "apply",
+    "hub",
+]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from pycompress.calibrate import Stream
 from pycompress.checkpoint import Checkpoint, Finished, hash_of
 from pycompress.formats import Packed, Rounded
 from pycompress.measure.errors import relative_output_error
-from pycompress.methods import METHODS, Curve, Statistics
+from pycompress.methods import METHODS, Curve, Statistics, StructuralConfig
 from pycompress.plan import Plan, Step, plan
+from pycompress.prune import Pruning
 from pycompress.recipe import Config, Recipe
 from pycompress.replace import Undo, dense_weight, replace
 from pycompress.report import Report, Row, Total
@@ -51,20 +53,26 @@ def apply(
     anything is changed.
     """
     configs = recipes.parse(recipe)
-    steps = plan(model, configs)
+    structural, packing = _split(configs)
+    steps = plan(model, packing)
+    for config in structural:
+        _check_weights(model, plan(model, [config]))
     _check_weights(model, steps)
-    batches = _batches(model, steps, calibration, tokenizer)
+    batches = _batches(model, configs, calibration, tokenizer)
     saved = Checkpoint(checkpoint, _identity(model, batches) if checkpoint is not None else {}, configs)
     job = _Job(model, batches, saved, progress)
     training = model.training
     model.eval()
     try:
         before = _bytes_of(model)
+        pruned = job.prune(structural)
+        between = _bytes_of(model)
+        steps = plan(model, packing)
         job.feel(steps)
-        rows = job.compress(job.allocate(steps, configs))
-        return _report(model, steps, rows, before, configs)
+        rows = job.compress(job.allocate(steps, packing))
+        return _report(pruned, rows, before, between, configs)
     except BaseException:
-        job.undo.all()
+        job.undo_all()
         raise
     finally:
         model.train(training)
@@ -81,8 +89,26 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.undo = Undo(self.model)
+        self.shrunk: list[Callable[[], None]] = []
         self.sensitivity: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
+
+    def prune(self, configs: list[StructuralConfig]) -> list[Row]:
+        """Shrink the model by one structural method after the other; rows of what it is then made of."""
+        rows: dict[str, Row] = {}
+        for count, config in enumerate(configs, start=1):
+            stage = self.saved.stage(configs[:count])
+            pruning = Pruning(self.model, config, self.batches, stage, self._bar)
+            found, undo = pruning.run()
+            self.shrunk.append(undo)
+            rows = {row.name: row for row in found}
+        return list(rows.values())
+
+    def undo_all(self) -> None:
+        """Put the model back as it was."""
+        self.undo.all()
+        for undo in reversed(self.shrunk):
+            undo()
 
     def allocate(self, steps: Plan, configs: Recipe) -> Plan:
         """Give every step of a shared budget its bytes, from curves measured on the dense model."""
@@ -190,8 +216,21 @@ class _Job:
         shared = {step.name: measured[first[stages[step.role]]] for step in steps}
         return {n: replace_field(s, sensitivity=self.sensitivity.get(n)) for n, s in shared.items()}
 
-    def _bar(self, blocks: range, what: str) -> Iterable[int]:
-        return tqdm(blocks, desc=what, unit="block", disable=not self.progress)
+    def _bar(self, blocks: Iterable[Any], what: str) -> Iterable[Any]:
+        return tqdm(blocks, desc=what, disable=not self.progress)
+
+
+def _split(configs: Recipe) -> tuple[list[StructuralConfig], Recipe]:
+    """Structural configs, which go first, and those that pack matrices."""
+    structural = [config for config in configs if isinstance(config, StructuralConfig)]
+    packing = [config for config in configs if not isinstance(config, StructuralConfig)]
+    if configs[: len(structural)] != structural:
+        late = next(config for before, config in pairwise(configs) if config in structural and before in packing)
+        raise ValueError(
+            f"{late.name} makes dense matrices smaller and comes after {packing[0].name}, which packs them; "
+            f"put {late.name} first in the recipe"
+        )
+    return structural, packing
 
 
 def _check_weights(model: nn.Module, steps: Plan) -> None:
@@ -201,15 +240,17 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             raise ValueError(f"{step.name} is on the meta device; load the model's weights before compressing it")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{step.name} holds NaN or infinite weights; load the model again from a sound file")
+        if type(step.config) not in METHODS:
+            continue
         try:
             METHODS[type(step.config)].check((weight.shape[0], weight.shape[1]), weight.dtype, step.config)
         except ValueError as error:
             raise ValueError(f"{step.name}: {error}") from error
 
 
-def _batches(model: nn.Module, steps: Plan, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:
+def _batches(model: nn.Module, configs: Recipe, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:
     if calibration is None:
-        needing = sorted({step.config.name for step in steps.steps if step.config.needs_calibration})
+        needing = sorted({config.name for config in configs if config.needs_calibration})
         if needing:
             raise ValueError(
                 f"{', '.join(needing)} reads the inputs of each layer and needs calibration=…: texts with a tokenizer, "
@@ -237,14 +278,19 @@ def _bytes_of(model: nn.Module) -> tuple[int, int]:
     return sum(total(block) for block in groups.blocks(model)), total(model)
 
 
-def _report(model: nn.Module, steps: Plan, rows: list[Row], before: tuple[int, int], configs: Recipe) -> Report:
-    saved = sum(row.before - row.after for row in rows)
-    stored = sum(row.before - row.stored for row in rows)
-    targets = sum(step.nbytes for step in steps.steps)
+def _report(
+    pruned: list[Row], packed: list[Row], before: tuple[int, int], between: tuple[int, int], configs: Recipe
+) -> Report:
+    """`between`: bytes once the structural methods are done, as `_bytes_of` gives them."""
+    dense = {row.name: row for row in pruned}
+    rows = [replace_field(row, before=dense[row.name].before) if row.name in dense else row for row in packed]
+    rows += [row for row in pruned if row.name not in {row.name for row in packed}]
+    saved = sum(row.before - row.after for row in packed)
+    stored = sum(row.before - row.stored for row in packed)
     return Report(
         tuple(rows),
-        targets=Total(targets, targets - saved),
-        decoder=Total(before[0], before[0] - saved),
-        file=Total(before[1], before[1] - stored),
+        targets=Total(sum(row.before for row in rows), sum(row.after for row in rows)),
+        decoder=Total(before[0], between[0] - saved),
+        file=Total(before[1], between[1] - stored),
         recipe=[config.to_dict() for config in configs],
     )

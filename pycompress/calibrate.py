@@ -188,7 +188,30 @@ class Stream:
                 gram_sum.handle.remove()
         if advance:
             self._enter_next(outputs)
-        return {name: Statistics(gram_sum.total / gram_sum.tokens, gram_sum.tokens) for name, gram_sum in sums.items()}
+        return {
+            name: Statistics(found.total / found.tokens, found.tokens, mean=found.sum / found.tokens)
+            for name, found in sums.items()
+        }
+
+    def captured(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and outputs of the linear at `path` of the current block, batch by batch, without padded tokens.
+
+        `[T, K]` and `[T, N]`, float32. The block runs no further than that linear.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append((args[0], output))
+            raise _ReachedError
+
+        handle = self.block.get_submodule(path).register_forward_hook(take)
+        try:
+            for mask, _ in zip(self.masks, self.run(), strict=True):
+                pair = (tensor.float() for tensor in found.pop())
+                x, y = (t.flatten(0, -2) if mask is None else t[mask.to(t.device)] for t in pair)
+                yield x, y
+        finally:
+            handle.remove()
 
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and go to the next block."""
@@ -224,13 +247,15 @@ class _InputGram:
         self.last = last
         self.tokens = 0
         self.total: Tensor = torch.zeros(())
+        self.sum: Tensor = torch.zeros(())
         self.handle = module.register_forward_pre_hook(self.add)
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
         x = x if self.mask is None else x[self.mask.to(x.device).flatten()]
-        product = gram(x.float().T)
+        product, row = gram(x.float().T), x.sum(0, dtype=torch.float32)
         self.total = product if not self.tokens else self.total.add_(product)
+        self.sum = row if not self.tokens else self.sum.add_(row)
         self.tokens += len(x)
         if self.last:
             raise _ReachedError

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from pycompress.formats import Packed, rebuild
 from pycompress.methods.registry import Curve
+from pycompress.methods.structural import StructuralConfig
 from pycompress.recipe import Config, Recipe
 from pycompress.report import Row
+from pycompress.subnet import Subnet
 
 RUN = "run.json"
 GRADIENTS = "gradients"
@@ -37,7 +40,10 @@ class Checkpoint:
     def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:
         self.path = None if path is None else Path(path)
         self.recipe = _digest(repr(recipe))
-        self.measured = _digest(repr([_of_any_keep(config) for config in recipe]))
+        shrunk = [config for config in recipe if isinstance(config, StructuralConfig)]
+        packing = [_of_any_keep(config) for config in recipe if config not in shrunk]
+        self.measured = _digest(repr(shrunk + packing))
+        self.gradients = f"{GRADIENTS}-{_digest(repr(shrunk))}" if shrunk else GRADIENTS
         if self.path is None:
             return
         try:
@@ -59,14 +65,14 @@ class Checkpoint:
         stem = f"curves-{self.measured}-{block:04d}"
         curves = self._curves(stem) | curves
         tensors = {f"{name}|{part}": getattr(c, part) for name, c in curves.items() for part in CURVE}
-        self._save(stem, tensors, {"energy": {name: c.energy for name, c in curves.items()}})
+        self.save(stem, tensors, {"energy": {name: c.energy for name, c in curves.items()}})
 
     def load_curves(self, block: int, names: list[str]) -> dict[str, Curve] | None:
         """The curves of these modules, or None where one is missing."""
         return _all_of(names, self._curves(f"curves-{self.measured}-{block:04d}"))
 
     def _curves(self, stem: str) -> dict[str, Curve]:
-        tensors, description = self._load(stem) or ({}, {"energy": {}})
+        tensors, description = self.load(stem) or ({}, {"energy": {}})
         return {
             name: Curve(energy=energy, **{part: tensors[f"{name}|{part}"] for part in CURVE})
             for name, energy in description["energy"].items()
@@ -74,12 +80,12 @@ class Checkpoint:
 
     def save_sensitivity(self, sensitivity: dict[str, Tensor]) -> None:
         """Add to the gradients on file."""
-        known, _ = self._load(GRADIENTS) or ({}, {})
-        self._save(GRADIENTS, known | sensitivity, {})
+        known, _ = self.load(self.gradients) or ({}, {})
+        self.save(self.gradients, known | sensitivity, {})
 
     def load_sensitivity(self, names: list[str]) -> dict[str, Tensor] | None:
         """The gradients of these modules, or None where one is missing."""
-        known, _ = self._load(GRADIENTS) or ({}, {})
+        known, _ = self.load(self.gradients) or ({}, {})
         return _all_of(names, known)
 
     def save_block(self, block: int, finished: Finished) -> None:
@@ -89,10 +95,10 @@ class Checkpoint:
             modules.append({"name": name, "spec": None if packed is None else packed.spec(), "row": asdict(row)})
             for part, tensor in ({} if packed is None else packed.tensors()).items():
                 tensors[f"{name}|{part}"] = tensor
-        self._save(f"block-{self.recipe}-{block:04d}", tensors, {"modules": modules})
+        self.save(f"block-{self.recipe}-{block:04d}", tensors, {"modules": modules})
 
     def load_block(self, block: int) -> Finished | None:
-        found = self._load(f"block-{self.recipe}-{block:04d}")
+        found = self.load(f"block-{self.recipe}-{block:04d}")
         if found is None:
             return None
         tensors, description = found
@@ -104,7 +110,11 @@ class Checkpoint:
             finished.append((name, packed, Row(**module["row"])))
         return finished
 
-    def _save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    def stage(self, configs: Sequence[Config]) -> Stage:
+        """Where the last of these structural configs, run after the others, keeps its progress."""
+        return Stage(self, _digest(repr(list(configs))))
+
+    def save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """The tensors first, then the description with their hash: without the second the first does not count."""
         if self.path is None:
             return
@@ -113,7 +123,7 @@ class Checkpoint:
         described = description | {"sha256": hashlib.sha256(data).hexdigest()}
         self._write(f"{stem}.json", json.dumps(described).encode())
 
-    def _load(self, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.path is None or not (self.path / f"{stem}.json").exists():
             return None
         file = self.path / f"{stem}.safetensors"
@@ -138,6 +148,31 @@ class Checkpoint:
             os.replace(file.name, self.path / name)
         except OSError as error:
             raise ValueError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Progress of one structural config: the subnet it chose, and the linears it has refitted."""
+
+    checkpoint: Checkpoint
+    key: str
+
+    def save_subnet(self, subnet: Subnet) -> None:
+        self.checkpoint.save(f"subnet-{self.key}", {}, {"subnet": subnet.to_dict()})
+
+    def load_subnet(self) -> Subnet | None:
+        found = self.checkpoint.load(f"subnet-{self.key}")
+        return None if found is None else Subnet.from_dict(found[1]["subnet"])
+
+    def save_refit(self, block: int, found: dict[str, tuple[Tensor, float]]) -> None:
+        """Weights and errors of one block's refitted linears, by role."""
+        tensors = {role: weight for role, (weight, _) in found.items()}
+        errors = {role: error for role, (_, error) in found.items()}
+        self.checkpoint.save(f"refit-{self.key}-{block:04d}", tensors, {"errors": errors})
+
+    def load_refit(self, block: int) -> dict[str, tuple[Tensor, float]] | None:
+        found = self.checkpoint.load(f"refit-{self.key}-{block:04d}")
+        return None if found is None else {role: (found[0][role], error) for role, error in found[1]["errors"].items()}
 
 
 def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:

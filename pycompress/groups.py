@@ -123,7 +123,7 @@ class Geometry:
         """The linear of the architecture that holds `role`: "qkv" for "q" where the three are fused."""
         holders = [fused.role for fused in self.fused if role in fused.parts]
         if not holders and role not in self.roles:
-            raise ValueError(f"the block has no {role!r}; it has {', '.join(self._parts())}")
+            raise ValueError(f"the block has no {role!r}; it has {', '.join(self.part_roles)}")
         return holders[0] if holders else role
 
     def channel_rows(self, role: str) -> Tensor:
@@ -265,7 +265,9 @@ class Geometry:
             if len(low) == 0:
                 raise ValueError("qk keeps no channel that rotates; keep at least one pair")
 
-    def _parts(self) -> list[str]:
+    @property
+    def part_roles(self) -> list[str]:
+        """Roles of the block, those that a fused linear holds in its place."""
         fused = {fused.role: fused.parts for fused in self.fused}
         return [part for role in self.roles for part in fused.get(role, (role,))]
 

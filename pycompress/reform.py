@@ -46,23 +46,26 @@ def reform(
 
 
 def held_out_damping(
-    weight: Tensor,
-    fitted: Tensor,
-    held_out: Tensor,
-    kept: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    held_out_gram: Tensor,
+    held_out_cross: Tensor,
+    towards: Tensor,
     dampings: tuple[float, ...] = DAMPINGS,
 ) -> float:
-    """The damping whose refit on the Gram matrix `fitted [K, K]` errs least on `held_out [K, K]`, from other data."""
-    inner, vectors = torch.linalg.eigh(fitted.double()[kept][:, kept])
-    weight, held_out = weight.double(), held_out.double()
-    prior = weight[:, kept]
+    """The damping whose refit on sums over some tokens errs least on those of others.
+
+    `gram [K', K']` of x xᵀ, `cross [N, K']` of y xᵀ, sums over the tokens that are fitted; `held_out_gram` and
+    `held_out_cross` those over the others. `towards [N, K']`: as in `reform`.
+    """
+    inner, vectors = torch.linalg.eigh(gram.double())
+    prior, aimed, held = towards.double(), held_out_cross.double(), held_out_gram.double()
     ridge = float(inner.mean())
-    residual = (weight @ fitted.double()[:, kept] - prior @ fitted.double()[kept][:, kept]) @ vectors
+    residual = (cross.double() - prior @ gram.double()) @ vectors
     errors = []
     for damping in dampings:
-        difference = weight.clone()
-        difference[:, kept] = -(residual / (inner + damping * ridge)) @ vectors.T
-        errors.append(float(((difference @ held_out) * difference).sum()))
+        fitted = prior + (residual / (inner + damping * ridge)) @ vectors.T
+        errors.append(float(((fitted @ held - 2 * aimed) * fitted).sum()))
     return dampings[min(range(len(dampings)), key=errors.__getitem__)]
 
 

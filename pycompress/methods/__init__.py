@@ -7,7 +7,8 @@ from pycompress.methods.magnitude import Magnitude
 from pycompress.methods.random_units import Random
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.methods.rtn import RTN
-from pycompress.methods.structural import STRUCTURAL, Group, Member, Structural
+from pycompress.methods.structural import STRUCTURAL, Group, Member, Structural, StructuralConfig
+from pycompress.methods.subnet_search import SubnetSearch
 from pycompress.methods.swsc import SWSC
 from pycompress.methods.taylor import Taylor
 from pycompress.methods.wanda import Wanda
@@ -28,6 +29,8 @@ __all__ = [
     "Random",
     "Statistics",
     "Structural",
+    "StructuralConfig",
+    "SubnetSearch",
     "Taylor",
     "Wanda",
 ]

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from pycompress.methods.importance import column_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Group, Refit, Structural, StructuralConfig
 
 STRUCTURES = ("adaptive", "uniform")
 
 
 @dataclass(frozen=True)
-class FLAP(Config):
+class FLAP(StructuralConfig):
     """Remove the units whose channels fluctuate least around their mean, and put the mean into the readers' bias.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. `structure`: "adaptive" ranks the standardised
@@ -24,7 +23,6 @@ class FLAP(Config):
     Reference: arXiv:2312.11983.
     """
 
-    keep: float = 0.8
     structure: str = "adaptive"
 
     @property
@@ -33,7 +31,6 @@ class FLAP(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_fraction("keep")
         self.check_choice("structure", *STRUCTURES)
 
 
@@ -50,5 +47,8 @@ def scores(group: Group, config: FLAP) -> Tensor:
 
 
 STRUCTURAL[FLAP] = Structural(
-    scores, needs=("gram", "mean"), compared=lambda config: config.structure == "adaptive", refit="bias"
+    scores,
+    needs=("gram", "mean"),
+    compared=lambda config: config.structure == "adaptive",
+    refit=lambda config: Refit("bias"),
 )

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.methods.structural import STRUCTURAL, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Structural, StructuralConfig
 
 ORDERS = ("influence", "last")
 
 
 @dataclass(frozen=True)
-class LayerDrop(Config):
+class LayerDrop(StructuralConfig):
     """Drop whole decoder blocks.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]; as many blocks stay as fit. `order`: "influence"
@@ -23,7 +22,6 @@ class LayerDrop(Config):
     Reference: arXiv:2403.03853 (block influence); arXiv:2305.14864 (the last ones).
     """
 
-    keep: float = 0.8
     order: str = "influence"
 
     @property
@@ -32,7 +30,6 @@ class LayerDrop(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_fraction("keep")
         self.check_choice("order", *ORDERS)
 
 

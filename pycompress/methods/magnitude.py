@@ -8,22 +8,15 @@ import torch
 from torch import Tensor
 
 from pycompress.methods.importance import column_scores, row_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
 
 
 @dataclass(frozen=True)
-class Magnitude(Config):
+class Magnitude(StructuralConfig):
     """Remove the units whose weights have the least sum of squares, the same share of every block.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
     """
-
-    keep: float = 0.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_fraction("keep")
 
 
 def scores(group: Group, config: Magnitude) -> Tensor:

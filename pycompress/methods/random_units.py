@@ -7,24 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.methods.structural import STRUCTURAL, Group, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
 
 
 @dataclass(frozen=True)
-class Random(Config):
+class Random(StructuralConfig):
     """Remove units at random, the same share of every block.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. `seed`: of the order, which is the same for
     groups of one size. Raises ValueError on other values.
     """
 
-    keep: float = 0.8
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_fraction("keep")
         self.check_count("seed", 0)
 
 

@@ -17,13 +17,14 @@ from pycompress.recipe import Config
 class Statistics:
     """What a method knows of one linear from calibration, float32.
 
-    `gram [K, K]`: mean of x xᵀ over the inputs of `tokens` tokens. `sensitivity [N]`: mean squared gradient of the loss
-    by each output (nats² over the output's unit squared), None where it was not measured.
+    `gram [K, K]`: mean of x xᵀ over the inputs of `tokens` tokens; `mean [K]`: that of x. `sensitivity [N]`: mean
+    squared gradient of the loss by each output (nats² over the output's unit squared), None where it was not measured.
     """
 
     gram: Tensor
     tokens: int
     sensitivity: Tensor | None = None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)

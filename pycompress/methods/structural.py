@@ -8,10 +8,38 @@ from typing import Any
 
 from torch import Tensor
 
+from pycompress.methods.importance import Elimination
 from pycompress.recipe import Config
 
 # What scores may be measured from, beside the weights.
-NEEDS = ("gram", "mean", "saliency", "influence")
+NEEDS = ("gram", "mean", "saliency", "sensitivity", "influence")
+PARTS = ("mlp", "attention")
+
+
+@dataclass(frozen=True)
+class StructuralConfig(Config):
+    """What every method that makes the matrices themselves smaller is told.
+
+    `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]. `parts`: of a block, where
+    channels may go: "mlp", "attention" (of every head as many). `round_to`: widths of MLPs are multiples of it (by
+    default 64 where a quarter of the channels is as many), those of heads of 8 at most. `uniform`: the same widths for
+    all blocks, so that transformers loads the saved model without pycompress. Raises ValueError on other values.
+    """
+
+    keep: float = 0.8
+    parts: tuple[str, ...] = ("mlp",)
+    round_to: int | None = None
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("keep")
+        self.check_count("round_to", 1)
+        object.__setattr__(self, "parts", (self.parts,) if isinstance(self.parts, str) else tuple(self.parts))
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise ValueError(f"{self.name}.parts must be one or more of {', '.join(PARTS)}, got {self.parts}")
+        if self.targets is not None:
+            raise ValueError(f"{self.name} narrows whole blocks and takes no targets; leave them out, or set parts")
 
 
 @dataclass(frozen=True)
@@ -21,6 +49,7 @@ class Member:
     `weight [N, K]`; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each unit covers. The
     others, float32, are there where the method needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs.
     `saliency`: `|W ⊙ ∂loss/∂W|` summed over each row of a writer `[N]`, each column of a reader `[K]`, in nats.
+    `sensitivity [N]`: mean squared gradient of the loss by each output, in nats² over the output's unit squared.
     """
 
     weight: Tensor
@@ -28,6 +57,7 @@ class Member:
     gram: Tensor | None = None
     mean: Tensor | None = None
     saliency: Tensor | None = None
+    sensitivity: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,20 +78,37 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Refit:
+    """What makes up for removed units, in the linears that read them.
+
+    `kind`: "weights" (least squares, `reform.reform`), "admm" (`reform.reform_admm`), "bias" (`reform.compensation`).
+    `sequential`: inputs are those of the pruned blocks before, else the dense model's. `damping`: None chooses it on
+    tokens that are not fitted.
+    """
+
+    kind: str = "weights"
+    sequential: bool = True
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
 class Structural:
-    """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `blocks(influence [B],
-    config)` gives that of whole blocks `[B]`; a method has one of the two.
+    """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `eliminate(group,
+    config)` gives an order with its error instead, `blocks(influence [B], config)` the importance of whole blocks
+    `[B]`; a method has one of the three.
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
-    model shares one ranking; else each block keeps its share. `refit`: what makes up for removed units, "weights"
-    (`reform.reform`), "bias" (`reform.compensation`) or "none".
+    model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its
+    share. `refit(config)`: None leaves what stays as it is.
     """
 
     scores: Callable[[Group, Any], Tensor] | None = None
+    eliminate: Callable[[Group, Any], Elimination] | None = None
     blocks: Callable[[Tensor, Any], Tensor] | None = None
     needs: tuple[str, ...] = ()
     compared: Callable[[Any], bool] = lambda config: False
-    refit: str = "none"
+    by_error: Callable[[Any], bool] = lambda config: False
+    refit: Callable[[Any], Refit | None] = lambda config: None
 
 
 STRUCTURAL: dict[type[Config], Structural] = {}

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.methods.structural import STRUCTURAL, Group, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
 
 
 @dataclass(frozen=True)
-class Taylor(Config):
+class Taylor(StructuralConfig):
     """Remove the units with the least `Σ |W ⊙ ∂loss/∂W|`, the same share of every block.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
@@ -20,15 +19,9 @@ class Taylor(Config):
     Reference: arXiv:2305.11627, the element-wise, first-order importance of its code.
     """
 
-    keep: float = 0.8
-
     @property
     def needs_calibration(self) -> bool:
         return True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_fraction("keep")
 
 
 def scores(group: Group, config: Taylor) -> Tensor:

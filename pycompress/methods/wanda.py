@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from pycompress.methods.importance import column_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Structural
-from pycompress.recipe import Config
+from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
 
 
 @dataclass(frozen=True)
-class Wanda(Config):
+class Wanda(StructuralConfig):
     """Remove the units whose channels weigh least in what reads them: `Σ |W_ij| ‖x_j‖`, the same share of every block.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
@@ -21,15 +20,9 @@ class Wanda(Config):
     Reference: arXiv:2306.11695, summed over the columns of a unit as in arXiv:2312.11983's Wanda-sp.
     """
 
-    keep: float = 0.8
-
     @property
     def needs_calibration(self) -> bool:
         return True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_fraction("keep")
 
 
 def scores(group: Group, config: Wanda) -> Tensor:

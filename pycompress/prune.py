@@ -1,0 +1,394 @@
+"""Structural pruning: choose the channels and blocks that a smaller model inherits, shrink it, refit what remains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress.allocate import spread
+from pycompress.calibrate import Batch, Stream, block_influence, first_tokens
+from pycompress.checkpoint import Stage
+from pycompress.groups import Geometry, architecture_of, blocks, geometry
+from pycompress.methods.importance import Elimination
+from pycompress.methods.registry import Curve, Statistics
+from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Structural, StructuralConfig
+from pycompress.refit import inputs_and_aims, refit_by_admm, refit_linear
+from pycompress.reform import compensation
+from pycompress.replace import dense_weight
+from pycompress.report import Row
+from pycompress.sensitivity import loss_sensitivity, weight_saliency
+from pycompress.shrink import shrink
+from pycompress.subnet import Kept, Subnet
+
+SENSITIVITY_TOKENS = 4096
+MLP_ROLES = ("gate", "up", "down")
+
+Bar = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """How much each unit of one part of a block matters.
+
+    `order [U]` int64: the units, the first to remove first; `scores [U]`: of the units in that order, rising; `error
+    [U + 1]`: the loss's rise when the first 0, 1, … are removed, None where the method does not know it.
+    """
+
+    order: Tensor
+    scores: Tensor
+    error: Tensor | None = None
+
+    def kept(self, count: int) -> Tensor:
+        """The `count` units that stay longest, ascending."""
+        return self.order[len(self.order) - count :].sort().values
+
+
+@dataclass
+class Pruning:
+    """One structural config at work on one model. `run` gives the report's rows and what undoes the change."""
+
+    model: nn.Module
+    config: StructuralConfig
+    batches: list[Batch] | None
+    saved: Stage
+    bar: Bar
+
+    def __post_init__(self) -> None:
+        self.method: Structural = STRUCTURAL[type(self.config)]
+        self.architecture = architecture_of(self.model)
+        self.sizes = [geometry(self.model, block) for block in range(len(blocks(self.model)))]
+        self.paths = self.architecture.paths
+        self.means: dict[tuple[int, str], Tensor] = {}
+
+    def run(self) -> tuple[list[Row], Callable[[], None]]:
+        refit = self.method.refit(self.config)
+        compensated = refit is not None and refit.kind == "bias"
+        subnet = None if compensated else self.saved.load_subnet()
+        if subnet is None:
+            subnet = self.choose()
+            self.saved.save_subnet(subnet)
+        before = self._bytes()
+        dense = None if refit is None or self.batches is None else self._stream()
+        biases = self._compensations(subnet) if compensated else {}
+        undo = shrink(self.model, subnet, biases, plain=True if self.config.uniform else None)
+        try:
+            errors: dict[str, float] = {}
+            if refit is not None and dense is not None and not compensated:
+                errors = self._refit(subnet, refit, dense)
+            return self._rows(subnet, before, errors), undo
+        except BaseException:
+            undo()
+            raise
+
+    def _refit(self, subnet: Subnet, refit: Refit, dense: Stream) -> dict[str, float]:
+        """Refit what reads removed channels, block by block; gives the relative output error of each such linear."""
+        errors = {}
+        pruned = self._stream() if refit.sequential else None
+        counts = zip(dense.hidden, dense.masks, strict=True)
+        tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
+        for old in self.bar(range(len(self.sizes)), "refitting"):
+            kept = subnet.blocks[old]
+            if kept is not None:
+                new = subnet.kept_blocks.index(old)
+                found = self.saved.load_refit(new)
+                if found is None:
+                    found = self._refit_block(old, new, kept, refit, dense, pruned, tokens)
+                    self.saved.save_refit(new, found)
+                for role, (weight, error) in found.items():
+                    self._linear(new, role).get_parameter("weight").data.copy_(weight)
+                    errors[self._name(new, role)] = error
+            if old < len(self.sizes) - 1:
+                dense.advance()
+                if pruned is not None and kept is not None and pruned.position < len(pruned.blocks) - 1:
+                    pruned.advance()
+        return errors
+
+    def _refit_block(
+        self, old: int, new: int, kept: Kept, refit: Refit, dense: Stream, pruned: Stream | None, tokens: int
+    ) -> dict[str, tuple[Tensor, float]]:
+        found = {}
+        for role in ("o", "down"):
+            columns = self.sizes[old].columns(role, kept)
+            if pruned is None and len(columns) == dense_weight(dense.block.get_submodule(self.paths[role])).shape[1]:
+                continue
+            linear = self._linear(new, role)
+            if refit.kind == "admm":
+                error = refit_by_admm(linear, dense, self.paths[role], columns)
+            else:
+                pairs = inputs_and_aims(dense, pruned, self.paths[role], columns)
+                error = refit_linear(linear, pairs, tokens, refit.damping)
+            found[role] = (linear.get_parameter("weight").detach().clone(), error)
+        return found
+
+    def _compensations(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights and biases of the linears that lose columns, the bias standing for the mean of what is gone."""
+        found = {}
+        for block in subnet.kept_blocks:
+            kept, size = subnet.blocks[block], self.sizes[block]
+            assert kept is not None
+            for role in ("o", "down"):
+                columns = size.columns(role, kept)
+                linear = self._linear(block, role)
+                weight = dense_weight(linear)
+                if len(columns) < weight.shape[1]:
+                    bias = compensation(weight, self.means[block, role].to(weight.device), columns.to(weight.device))
+                    bias = bias if linear.bias is None else bias + linear.get_parameter("bias").detach().double()
+                    found[self._name(block, role)] = (weight[:, columns.to(weight.device)], bias)
+        return found
+
+    def choose(self) -> Subnet:
+        """The subnet of the config's size whose units matter most."""
+        if self.method.blocks is not None:
+            return self._whole_blocks()
+        ranked = self._rank()
+        widths = self._widths(ranked)
+        kept = []
+        for block, size in enumerate(self.sizes):
+            mlp, head = widths[block]
+            found = ranked[block]
+            kept.append(
+                Kept(
+                    mlp=None if mlp == size.mlp else found["mlp"].kept(mlp),
+                    **({} if head == size.width else _head_channels(size, found, head)),
+                )
+            )
+        return Subnet(tuple(kept))
+
+    def _whole_blocks(self) -> Subnet:
+        assert self.method.blocks is not None
+        influence = torch.zeros(len(self.sizes), dtype=torch.float64)
+        if self.config.needs_calibration:
+            assert self.batches is not None
+            influence = block_influence(self._stream())
+        order = self.method.blocks(influence, self.config).argsort()
+        total = sum(size.parameters(Kept()) for size in self.sizes)
+        left, gone = total, set[int]()
+        for block in order.tolist():
+            if left <= self.config.keep * total or len(gone) == len(self.sizes) - 1:
+                break
+            left -= self.sizes[block].parameters(Kept())
+            gone.add(block)
+        return Subnet(tuple(None if block in gone else Kept() for block in range(len(self.sizes))))
+
+    def _rank(self) -> list[dict[str, Ranked]]:
+        """Every block's parts ranked, from the dense model."""
+        names = [
+            f"{self.architecture.blocks}.{b}.{path}" for b in range(len(self.sizes)) for path in self.paths.values()
+        ]
+        saliency: dict[str, tuple[Tensor, Tensor]] = {}
+        sensitivity: dict[str, Tensor] = {}
+        if self.batches is not None and {"saliency", "sensitivity"} & set(self.method.needs):
+            sample = first_tokens(self.batches, SENSITIVITY_TOKENS)
+            progress = lambda items: self.bar(items, "loss gradients")  # noqa: E731
+            if "saliency" in self.method.needs:
+                weights = {name: dense_weight(self.model.get_submodule(name)) for name in names}
+                saliency = weight_saliency(self.model, blocks(self.model), sample, weights, progress)
+            else:
+                sensitivity = loss_sensitivity(self.model, blocks(self.model), sample, names, progress)
+        reads = {"gram", "mean"} & set(self.method.needs)
+        stream = self._stream() if reads else None
+        found = []
+        for block in self.bar(range(len(self.sizes)), "ranking"):
+            statistics: dict[str, Statistics] = {}
+            if stream is not None:
+                modules = {stage.roles[0]: self._linear(block, stage.roles[0]) for stage in self.architecture.stages}
+                measured = stream.statistics(modules, advance=block < len(self.sizes) - 1)
+                for stage in self.architecture.stages:
+                    statistics |= dict.fromkeys(stage.roles, measured[stage.roles[0]])
+                self.means |= {(block, role): _mean(statistics[role]) for role in ("o", "down")}
+            member = lambda role, units: self._member(block, role, units, statistics, saliency, sensitivity)  # noqa: B023, E731
+            found.append({part: self._ranked(groups) for part, groups in self._groups(block, member).items()})
+        return found
+
+    def _groups(self, block: int, member: Callable[[str, Tensor], Member]) -> dict[str, Group]:
+        """The block's parts by name: `mlp`, and of the heads `attention`, or `rotated` and `passed`."""
+        size = self.sizes[block]
+        roles = size.part_roles
+        found = {}
+        if "mlp" in self.config.parts:
+            writers = tuple(member(role, size.channel_rows(role)[:, None]) for role in ("gate", "up") if role in roles)
+            found["mlp"] = Group(writers, (member("down", size.channel_columns("down")[:, None]),))
+        if "attention" in self.config.parts:
+            for name, units in _head_units(size).items():
+                rows = {role: size.channel_rows(role)[:, units].transpose(0, 1).flatten(1) for role in ("q", "k", "v")}
+                columns = size.channel_columns("o")[:, units].transpose(0, 1).flatten(1)
+                found[name] = Group(tuple(member(role, index) for role, index in rows.items()), (member("o", columns),))
+        return found
+
+    def _member(
+        self,
+        block: int,
+        role: str,
+        units: Tensor,
+        statistics: dict[str, Statistics],
+        saliency: dict[str, tuple[Tensor, Tensor]],
+        sensitivity: dict[str, Tensor],
+    ) -> Member:
+        holder = self.sizes[block].holder(role)
+        name = self._name(block, holder)
+        weight = dense_weight(self.model.get_submodule(name)).float()
+        inputs = statistics.get(holder)
+        reads = role in ("o", "down")
+        return Member(
+            weight,
+            units.to(weight.device),
+            gram=None if inputs is None else inputs.gram,
+            mean=None if inputs is None else inputs.mean,
+            saliency=saliency[name][1 if reads else 0] if name in saliency else None,
+            sensitivity=sensitivity.get(name),
+        )
+
+    def _ranked(self, group: Group) -> Ranked:
+        if self.method.eliminate is not None:
+            found: Elimination = self.method.eliminate(group, self.config)
+            # The last unit never goes.
+            error = torch.cat([found.error, found.error[-1:]])
+            return Ranked(found.order[0], error[1:], error)
+        assert self.method.scores is not None
+        scores = self.method.scores(group, self.config).cpu()
+        order = scores.argsort(stable=True)
+        return Ranked(order, scores[order])
+
+    def _widths(self, ranked: list[dict[str, Ranked]]) -> list[tuple[int, int]]:
+        """MLP channels and head width of each block, at most `config.keep` of the parameters in all."""
+        if self.method.by_error(self.config) and not self.config.uniform:
+            return self._by_error(ranked)
+        if self.method.compared(self.config) and not self.config.uniform:
+            values = torch.cat([part.scores for found in ranked for part in found.values()]).sort().values
+            return self._largest(lambda step: self._above(ranked, float(values[-1 - step])), len(values) - 1)
+        return self._largest(lambda step: [self._share(size, (step + 1) / 4096) for size in self.sizes], 4095)
+
+    def _largest(self, widths_at: Callable[[int], list[tuple[int, int]]], steps: int) -> list[tuple[int, int]]:
+        """The widths of the last step that fits the budget; widths grow with the step."""
+        budget = self.config.keep * sum(size.parameters(Kept()) for size in self.sizes)
+        low, high = -1, steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._parameters(widths_at(middle)) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        if low < 0:
+            least = self._parameters(widths_at(0)) / self._parameters([(s.mlp, s.width) for s in self.sizes])
+            raise ValueError(
+                f"{self.config.name} cannot keep as little as {self.config.keep} of the parameters of "
+                f"{' and '.join(self.config.parts)}; the least is {least:.3f}: raise keep, or prune more parts"
+            )
+        return widths_at(low)
+
+    def _share(self, size: Geometry, fraction: float) -> tuple[int, int]:
+        return self._rounded(size, fraction if "mlp" in self.config.parts else 1.0, self._heads_too(fraction))
+
+    def _heads_too(self, fraction: float) -> float:
+        return fraction if "attention" in self.config.parts else 1.0
+
+    def _rounded(self, size: Geometry, mlp: float, head: float) -> tuple[int, int]:
+        step = self.config.round_to
+        head_step = None if step is None else min(step + step % 2, 8)
+        return size.mlp_width(mlp, step), size.head_width(head, head_step)
+
+    def _above(self, ranked: list[dict[str, Ranked]], threshold: float) -> list[tuple[int, int]]:
+        """Widths when every unit whose score is at least the threshold stays, and at least one."""
+        found = []
+        for size, parts in zip(self.sizes, ranked, strict=True):
+            share = {}
+            for kind in ("mlp", "attention"):
+                scores = [part.scores for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
+                joined = torch.cat(scores) if scores else torch.zeros(0)
+                share[kind] = max(float((joined >= threshold).double().mean()), 1e-6) if len(joined) else 1.0
+            found.append(self._rounded(size, share["mlp"], share["attention"]))
+        return found
+
+    def _by_error(self, ranked: list[dict[str, Ranked]]) -> list[tuple[int, int]]:
+        """One budget over all parts, each unit's parameters spent where they save most of the loss."""
+        curves: dict[str, Curve] = {}
+        widths: dict[str, dict[int, int]] = {}
+        for block, (size, parts) in enumerate(zip(self.sizes, ranked, strict=True)):
+            for kind, full in (("mlp", size.mlp), ("attention", size.width)):
+                mine = [part for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
+                choices = sorted({self._rounded(size, c / full, c / full)[kind != "mlp"] for c in range(1, full + 1)})
+                choices = choices if mine else [full]
+                costs = [self._parameters_of(size, kind, width) for width in choices]
+                errors = [sum(_error_at(part, width / full) for part in mine) for width in choices]
+                name = f"{block} {kind}"
+                widths[name] = dict(zip(costs, choices, strict=True))
+                nbytes, error = torch.tensor(costs), torch.tensor(errors, dtype=torch.float64)
+                curves[name] = Curve(nbytes, error, 1.0, torch.arange(len(choices)))
+        total = sum(size.parameters(Kept()) for size in self.sizes)
+        given = spread(curves, dict.fromkeys(curves, 1.0), int(self.config.keep * total))
+        return [
+            (widths[f"{b} mlp"][given[f"{b} mlp"]], widths[f"{b} attention"][given[f"{b} attention"]])
+            for b in range(len(self.sizes))
+        ]
+
+    def _parameters_of(self, size: Geometry, kind: str, width: int) -> int:
+        narrowed = replace(size, mlp=width) if kind == "mlp" else replace(size, width=width)
+        shapes = narrowed.shapes(Kept())
+        mlp = {size.holder(role) for role in MLP_ROLES if role in size.part_roles}
+        return sum(n * k for role, (n, k) in shapes.items() if (role in mlp) == (kind == "mlp"))
+
+    def _parameters(self, widths: Sequence[tuple[int, int]]) -> int:
+        pairs = zip(self.sizes, widths, strict=True)
+        return sum(replace(size, mlp=mlp, width=head).parameters(Kept()) for size, (mlp, head) in pairs)
+
+    def _stream(self) -> Stream:
+        assert self.batches is not None
+        return Stream.open(self.model, blocks(self.model), self.batches)
+
+    def _name(self, block: int, role: str) -> str:
+        return f"{self.architecture.blocks}.{block}.{self.paths[role]}"
+
+    def _linear(self, block: int, role: str) -> Any:
+        return self.model.get_submodule(self._name(block, role))
+
+    def _bytes(self) -> dict[tuple[int, str], int]:
+        weights = {(b, r): dense_weight(self._linear(b, r)) for b in range(len(self.sizes)) for r in self.paths}
+        return {key: weight.numel() * weight.element_size() for key, weight in weights.items()}
+
+    def _rows(self, subnet: Subnet, before: dict[tuple[int, str], int], errors: dict[str, float]) -> list[Row]:
+        rows = []
+        for old in range(len(self.sizes)):
+            for role in self.paths:
+                if old not in subnet.kept_blocks:
+                    rows.append(Row(self._name(old, role), old, "dropped", before[old, role], 0, 0, float("nan"), 0.0))
+                    continue
+                new = subnet.kept_blocks.index(old)
+                name = self._name(new, role)
+                weight = dense_weight(self.model.get_submodule(name))
+                after = weight.numel() * weight.element_size()
+                kind = f"dense {weight.shape[0]}x{weight.shape[1]}"
+                error = errors.get(name, float("nan"))
+                rows.append(Row(name, new, kind, before[old, role], after, after, error, 0.0))
+        return rows
+
+
+def _mean(statistics: Statistics) -> Tensor:
+    assert statistics.mean is not None
+    return statistics.mean
+
+
+def _error_at(part: Ranked, fraction: float) -> float:
+    assert part.error is not None
+    return float(part.error[len(part.order) - max(1, round(len(part.order) * fraction))])
+
+
+def _head_units(size: Geometry) -> dict[str, Tensor]:
+    """Channels of a head that go together, `[U, C]`: all of one kind, or rotary pairs and the channels beside them."""
+    if not size.rotary or size.rotary == size.width:
+        return {"attention": size.qk_units}
+    return {"rotated": size.qk_units, "passed": size.passed[:, None]}
+
+
+def _head_channels(size: Geometry, found: dict[str, Ranked], width: int) -> dict[str, Tensor]:
+    """`qk [1, width]` and `vo [kv_heads, width]`: the channels of the units that matter most."""
+    rotated = size.rotated(width)
+    counts = {"attention": width, "rotated": rotated, "passed": width - rotated}
+    kept = [
+        units[found[name].kept(counts[name] // units.shape[1])].flatten() for name, units in _head_units(size).items()
+    ]
+    channels = torch.cat(kept).sort().values
+    return {"qk": channels[None], "vo": channels.expand(size.kv_heads, -1)}
