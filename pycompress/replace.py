@@ -1,4 +1,4 @@
-"""Puts packed weights into a model, one module at a time: the only file that changes the user's model."""
+"""Puts packed weights into a model, one module at a time. Only this file and shrink.py change the user's model."""
 
 from __future__ import annotations
 

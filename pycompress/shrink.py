@@ -1,4 +1,4 @@
-"""Shrinks a model to a subnet: smaller dense matrices, fewer blocks. With replace.py, what changes the user's model."""
+"""Shrinks a model to a subnet: smaller dense matrices, fewer blocks. Only this file and replace.py change a model."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def shrink(
 ) -> Callable[[], None]:
     """Shrink `model` to `subnet` in place; returns a function that puts the model back as it was.
 
-    The result computes what the dense model does without the contributions of what was removed: of MLP channels, of
-    value channels, of products of query and key channels, of heads and blocks. Norms over queries and keys are scaled
-    for the channels they lack. `weights` gives new values, by the name a linear or such a norm has in the dense model,
-    in the shrunk shape; the softmax scale of the dense head width is folded into queries afterwards. `plain`: True
-    raises where `plain_config` does, False stores each block's sizes in any case, None takes what is possible.
+    That function holds the dense weights: drop it to free them. The result computes what the dense model does without
+    the contributions of what was removed: of MLP channels, of value channels, of products of query and key channels, of
+    heads and blocks. Norms over queries and keys are scaled for the channels they lack. `weights` gives new values, by
+    the name a linear or such a norm has in the dense model, in the shrunk shape; the softmax scale of the dense head
+    width is folded into queries afterwards. `plain`: True raises where `plain_config` does, False stores each block's
+    sizes in any case, None takes what is possible.
 
     Raises `ValueError` for a subnet or weights that do not fit, for a model with packed modules, hooks in a block or
     tied block weights, leaving it as it was.
@@ -87,7 +88,7 @@ class _Shrinking:
         first, architecture = self.after[0], self.architecture
         config = self._config()
         setattr(config, architecture.intermediate, first.mlp)
-        if (first.heads, first.width) != (self.before[0].heads, self.before[0].width):
+        if (first.heads, first.width) != (getattr(config, architecture.heads), self._config_width()):
             setattr(config, architecture.heads, first.heads)
             if architecture.kv_heads is not None:
                 setattr(config, architecture.kv_heads, first.kv_heads)
@@ -176,6 +177,11 @@ class _Shrinking:
             config.num_hidden_layers = self.subnet.depth
         return config
 
+    def _config_width(self) -> int:
+        """The width of heads that the model's config says."""
+        heads = getattr(self.config, self.architecture.heads)
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+
     def _rope_parameters(self, config: Any) -> Any:
         """Those of the model, or where pairs are missing the factors of the frequencies that are left."""
         found: Any = copy.deepcopy(self.config.rope_parameters)
@@ -194,7 +200,7 @@ class _Shrinking:
         block, size, pairs = self.subnet.kept_blocks[new], self.after[new], len(self.rotary[new]) // 2
         changes: dict[str, Any] = {}
         partial = size.rotary != size.width or "partial_rotary_factor" in parameters
-        if partial and size.width != self.before[block].width:
+        if partial and size.width != self._config_width():
             changes["partial_rotary_factor"] = _fraction(size.rotary, size.width)
         embedding = self._fresh_rotary(self.config)
         have = frequencies(embedding, self.config, block)

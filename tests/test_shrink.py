@@ -120,10 +120,10 @@ def test_each_kind_of_block_keeps_its_own_rotary_pairs(deep_model, token_ids, pl
     _assert_same(_logits(model, token_ids), expected)
 
 
-@pytest.mark.parametrize("plain", [False, None])
-def test_eager_attention_computes_the_same(deep_model, draw, architecture, token_ids, plain):
+@pytest.mark.parametrize("case", ["all", "alike"])
+def test_eager_attention_computes_the_same(deep_model, draw, architecture, token_ids, case):
     model = deep_model(architecture)
-    shrink(model, draw(model, "alike"), plain=plain)
+    shrink(model, draw(model, case))
     expected = _logits(model, token_ids)
     model.set_attn_implementation("eager")
     _assert_same(_logits(model, token_ids), expected)
@@ -147,6 +147,19 @@ def test_shrinking_twice_is_shrinking_once(deep_model, architecture, token_ids, 
     shrink(model, Subnet((before,) * 4), plain=plain)
     shrink(model, Subnet((then, None, then, then)), plain=plain)
     _assert_same(_logits(model, token_ids), expected)
+
+
+def test_sizes_of_each_block_become_a_plain_config_where_they_can(deep_model, draw, architecture, token_ids):
+    model, twin = deep_model(architecture), deep_model(architecture)
+    for case in ("alike_mlp", "alike") if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") else ("alike_mlp",):
+        shrink(model, draw(model, case), plain=False)
+        assert hasattr(model, "hf_quantizer")
+        shrink(model, Subnet.whole(3), plain=True)
+        assert not hasattr(model, "hf_quantizer")
+        shrink(twin, draw(twin, case), plain=True)
+        assert model.config.to_dict() == twin.config.to_dict()
+        assert torch.equal(_logits(model, token_ids), _logits(twin, token_ids))
+        model, twin = deep_model(architecture), deep_model(architecture)
 
 
 def test_given_weights_take_the_place_of_slices(deep_model, token_ids):
