@@ -283,7 +283,7 @@ class _Shrinking:
         self, role: str, old: nn.Module, new: nn.Module, block: int, given: tuple[Tensor, Tensor | None] | None
     ) -> None:
         """Give the linear `new` its rows and columns of `old`, or what the caller gave."""
-        if new is old and given is None:
+        if new.weight is old.weight and given is None:
             return
         kept, size = self._kept(block), self.before[block]
         rows = None if role in ("o", "down") else size.rows(role, kept)

@@ -203,6 +203,16 @@ def test_shrinking_keeps_dtype_grad_mode_and_what_is_whole(deep_model, draw, cla
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
+def test_matrices_that_stay_whole_are_the_same_tensors(deep_model, draw, architecture):
+    model = deep_model(architecture)
+    o, down = (groups.architecture_of(model).paths[role] for role in ("o", "down"))
+    before = groups.blocks(model)
+    shrink(model, draw(model, "mlp"))
+    for index, (old, new) in enumerate(zip(before, groups.blocks(model), strict=True)):
+        assert new.get_submodule(o).weight is old.get_submodule(o).weight
+        assert (new.get_submodule(down).weight is old.get_submodule(down).weight) == (index == 1)
+
+
 @pytest.mark.parametrize("plain", [False, None])
 def test_undo_puts_the_very_model_back(deep_model, draw, architecture, token_ids, tmp_path, plain):
     model = deep_model(architecture)
