@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from pycompress.calibrate import Batch, in_float32
 from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
 
+# A token's squared gradient counts up to this many times the median one.
+CLIP = 10.0
+
 
 def loss_sensitivity(
     model: Any, blocks: list[nn.Module], batches: list[Batch], names: list[str], progress: Callable[[Any], Any] = iter
@@ -28,29 +31,35 @@ def loss_sensitivity(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def record(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
-            squares = grad_output[0].flatten(0, -2).double().square()
-            sums[name] = sums.get(name, 0) + squares.sum(0)
-            counts[name] += len(squares)
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + gradient.double().square().sum(0)
+        counts[name] += len(gradient)
 
-        return hook
+    _gradients(model, blocks, batches, names, add, progress)
+    return _checked({name: (sums[name] / counts[name]).float() for name in names})
 
-    handles = [model.get_submodule(name).register_full_backward_hook(record(name)) for name in names]
-    try:
-        with _frozen(model), _recomputed(blocks):
-            head = in_float32(model.get_output_embeddings())
-            for batch in progress(batches):
-                _backward(model, head, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {name: (sums[name] / counts[name]).float() for name in names}
-    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
-        raise ValueError(
-            "the model's loss on the calibration data has no finite gradient; check the data and the weights"
-        )
-    return found
+
+def loss_covariance(
+    model: Any, blocks: list[nn.Module], batches: list[Batch], names: list[str], progress: Callable[[Any], Any] = iter
+) -> dict[str, Tensor]:
+    """Mean of `g gᵀ`, g the gradient of the loss by a token's outputs of each linear, `[N, N]` float32, in nats².
+
+    As `loss_sensitivity`, for errors that go together. A few tokens (the first of a text, delimiters) have gradients
+    hundreds of times as long as the others', which would decide everything: squared lengths above `CLIP` times the
+    batch's median are scaled down to that. Raises `ValueError` where the loss gives no gradient that is finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = gradient.double().square().sum(1)
+        scale = (CLIP * squares.median() / squares.clamp(min=1e-300)).clamp(max=1).sqrt()
+        gradient = gradient.double() * scale[:, None]
+        sums[name] = sums.get(name, 0) + gradient.T @ gradient
+        counts[name] += len(gradient)
+
+    _gradients(model, blocks, batches, names, add, progress)
+    return _checked({name: (sums[name] / counts[name]).float() for name in names})
 
 
 def weight_saliency(
@@ -96,6 +105,38 @@ def weight_saliency(
         for batch in batches
     )
     return {name: ((rows[name] / tokens).float(), (columns[name] / tokens).float()) for name in weights}
+
+
+def _gradients(
+    model: Any,
+    blocks: list[nn.Module],
+    batches: list[Batch],
+    names: list[str],
+    take: Callable[[str, Tensor], None],
+    progress: Callable[[Any], Any],
+) -> None:
+    """Hand the gradient of the summed loss by the outputs of each linear to `take`, `[tokens, N]` a batch."""
+
+    def record(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+        return lambda module, inputs, outputs: take(name, outputs[0].flatten(0, -2))
+
+    handles = [model.get_submodule(name).register_full_backward_hook(record(name)) for name in names]
+    try:
+        with _frozen(model), _recomputed(blocks):
+            head = in_float32(model.get_output_embeddings())
+            for batch in progress(batches):
+                _backward(model, head, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+        raise ValueError(
+            "the model's loss on the calibration data has no finite gradient; check the data and the weights"
+        )
+    return found
 
 
 class _Tap(torch.autograd.Function):

@@ -5,7 +5,7 @@ import torch
 from pycompress import groups
 from pycompress.calibrate import Stream, block_influence, first_tokens, prepare
 from pycompress.replace import dense_weight
-from pycompress.sensitivity import loss_sensitivity, weight_saliency
+from pycompress.sensitivity import loss_covariance, loss_sensitivity, weight_saliency
 
 IDS = torch.randint(3, 97, (5, 24), generator=torch.Generator().manual_seed(1))
 
@@ -62,6 +62,27 @@ def test_first_tokens_stops_when_it_has_enough():
     batches = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:]}]
     assert [row["input_ids"].shape for row in first_tokens(batches, 60)] == [(1, 24)] * 3
     assert len(first_tokens(batches, 10**9)) == 5
+
+
+def test_covariance_of_gradients_is_clipped(architecture, tiny_model):
+    model = tiny_model(architecture)
+    names = [linear.name for linear in groups.linears(model)]
+    found = loss_covariance(model, groups.blocks(model), prepare(model, IDS, None), names)
+    outputs = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, a, y, name=name: (y.retain_grad(), outputs.__setitem__(name, y))[0]
+        )
+    logits = model(IDS).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    for name in names:
+        gradient = outputs[name].grad.double().flatten(0, -2)
+        squares = gradient.square().sum(1)
+        limit = 10 * squares.sort().values[(len(squares) - 1) // 2]
+        scaled = torch.stack(
+            [g * min(1.0, float(limit / q)) ** 0.5 if q > 0 else g for g, q in zip(gradient, squares, strict=True)]
+        )
+        torch.testing.assert_close(found[name].double(), scaled.T @ scaled / len(scaled), rtol=2e-3, atol=1e-7)
 
 
 def test_saliency_is_weight_times_gradient(architecture, tiny_model):
