@@ -52,7 +52,7 @@ class Checkpoint:
                 self._write(RUN, json.dumps(identity, indent=1).encode())
         except OSError as error:
             raise ValueError(f"cannot write the checkpoint directory {self.path}: {error.strerror}") from error
-        known = _parse(self.path / RUN)
+        known = read_json(self.path / RUN)
         differ = [name for name, value in identity.items() if known.get(name) != value]
         if differ:
             raise ValueError(
@@ -127,7 +127,7 @@ class Checkpoint:
         if self.path is None or not (self.path / f"{stem}.json").exists():
             return None
         file = self.path / f"{stem}.safetensors"
-        description = _parse(self.path / f"{stem}.json")
+        description = read_json(self.path / f"{stem}.json")
         try:
             data = file.read_bytes()
             intact = hashlib.sha256(data).hexdigest() == description["sha256"]
@@ -140,14 +140,30 @@ class Checkpoint:
 
     def _write(self, name: str, data: bytes) -> None:
         assert self.path is not None
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.path, prefix=f".{name}.", delete=False) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self.path / name)
-        except OSError as error:
-            raise ValueError(f"cannot write {self.path / name}: {error.strerror}") from error
+        write_whole(self.path / name, data)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file so that after an interruption it is the old one or the new one, never part of it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
+            part.write(data)
+            part.flush()
+            os.fsync(part.fileno())
+        os.replace(part.name, file)
+    except OSError as error:
+        raise ValueError(f"cannot write {file}: {error.strerror}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; `ValueError` where it holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged; delete {file.parent} to start over")
+    return content
 
 
 @dataclass(frozen=True)
@@ -186,16 +202,6 @@ def _of_any_keep(config: Config) -> Config:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged; delete {file.parent} to start over")
-    return content
 
 
 def hash_of(model: nn.Module) -> str:

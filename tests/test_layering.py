@@ -34,6 +34,8 @@ TIERS = (
         "resize",
         "shrink",
     },
+    {"search", "executor"},
+    {"candidates"},
     {"api"},
     {"recover", "trajectory", "laws", "sweep", "demo"},
     {"cli", "__main__", "__init__"},
