@@ -60,12 +60,10 @@ def ranges(keep: float, depth: int) -> Ranges:
     )
 
 
-def sizes(total: int, least: float, step: float, round_to: int) -> list[int]:
-    """Multiples of `round_to` (and `total` itself) nearest to the shares `least`, `least + step`, … 1 of `total`."""
-    count = math.floor((1 - least) / step + 1e-9)
-    shares = [share for index in range(count + 1) if (share := least + index * step) < 1 - 1e-9]
-    found = {min(total, max(round_to, round_to * round(share * total / round_to))) for share in shares}
-    return sorted(found | {total})
+def shares(least: float, step: float) -> list[float]:
+    """`least`, `least + step`, … below 1, and 1."""
+    found = (least + index * step for index in range(math.ceil((1 - least) / step)))
+    return [share for share in found if share < 1 - 1e-9] + [1.0]
 
 
 @dataclass(frozen=True)

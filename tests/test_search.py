@@ -24,7 +24,7 @@ from pycompress.search import (
     prefix,
     ranges,
     search,
-    sizes,
+    shares,
 )
 
 
@@ -81,13 +81,10 @@ def test_the_paper_s_ranges_are_met_and_lie_between_rows():
     assert ranges(0.5, 18).depth == math.ceil(18 * 2 / 3)
 
 
-def test_sizes_are_rounded_and_end_with_all():
-    found = sizes(2048, 0.2, 0.05, 64)
-    assert found[-1] == 2048
-    assert found[0] == 64 * round(0.2 * 2048 / 64)
-    assert all(size % 64 == 0 for size in found)
-    assert sizes(100, 0.1, 0.5, 64) == [64, 100]
-    assert sizes(10, 1.0, 0.05, 8) == [10]
+def test_shares_end_with_all():
+    assert shares(0.85, 0.05) == pytest.approx([0.85, 0.9, 0.95, 1.0])
+    assert shares(0.7, 0.2) == pytest.approx([0.7, 0.9, 1.0])
+    assert shares(1.0, 0.05) == [1.0]
 
 
 @pytest.mark.parametrize("prefer", [False, True])
