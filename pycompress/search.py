@@ -167,10 +167,11 @@ class Space:
         return sum(g.parameters[size] for groups, block in each for g, size in zip(groups, block, strict=False))
 
     def nested(self, shares: Sequence[Sequence[float]]) -> Candidate:
-        """The candidate of the most important units nearest to `shares`, brought under the largest size.
+        """The candidate of the most important units nearest to `shares`, brought into the range of sizes.
 
         `shares`: for each block the kept share of each group's parameters; none for a block that is dropped. A
-        candidate that is too large has all of its sizes lowered in proportion, and then what is left filled up.
+        candidate that is too large has all of its sizes lowered in proportion, and then what is left filled up; one
+        that is too small grows.
         """
         wanted = [
             [_nearest(group, share) for group, share in zip(groups, block, strict=bool(block))]
@@ -184,11 +185,23 @@ class Space:
         if cut is None:
             raise ValueError(f"the blocks chosen have more than {most} parameters at their smallest; drop more of them")
         chosen = self._lowered(wanted, 1 - cut / 100)
-        for index, group in itertools.product(range(len(self.blocks)), range(max(map(len, self.blocks)))):
-            if group < len(wanted[index]) and chosen.blocks[index][group].size < wanted[index][group]:
-                larger = self._with_size(chosen, index, group, chosen.blocks[index][group].size + 1)
-                chosen = larger if self.size(larger) <= most else chosen
-        return chosen
+        chosen = self._filled(chosen, wanted)
+        # Where the sizes asked for are too small together, all may grow.
+        return chosen if self.size(chosen) >= self.parameters[0] else self._filled(chosen, None)
+
+    def _filled(self, candidate: Candidate, wanted: list[list[int]] | None) -> Candidate:
+        """Raise one size after another, in turns, up to `wanted` and as long as the candidate fits."""
+        grown = True
+        while grown and self.size(candidate) < self.parameters[1]:
+            grown = False
+            for index, block in enumerate(candidate.blocks):
+                for group, choice in enumerate(block):
+                    last = len(self.blocks[index][group].counts) - 1 if wanted is None else wanted[index][group]
+                    if choice.size < last:
+                        larger = self._with_size(candidate, index, group, choice.size + 1)
+                        if self.size(larger) <= self.parameters[1]:
+                            candidate, grown = larger, True
+        return candidate
 
     def uniform(self) -> Candidate:
         """All blocks, each group with the same share of its parameters as the largest candidate that fits."""

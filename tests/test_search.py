@@ -195,6 +195,14 @@ def test_uniform_candidates_fit_closely():
     assert all(kept == list(range(len(kept))) for block in units(space, candidate) for group in block for kept in group)
 
 
+def test_uniform_candidates_are_in_range_where_sizes_are_coarse():
+    """The nearest sizes to the share are below a narrow range: the finer group fills it."""
+    fine = Group((8,), tuple((n,) for n in range(5, 9)), tuple(6 * n for n in range(5, 9)))
+    coarse = Group((4,), tuple((n,) for n in range(2, 5)), tuple(12 * n for n in range(2, 5)))
+    space = Space(((fine, coarse),) * 3, 3, (224, 230))
+    assert space.holds(space.uniform())
+
+
 def test_nested_candidates_are_those_asked_for():
     space = make_space(most=1.0)
     shares = [[1.0, 0.5], [0.25, 0.1], [], [0.5, 1.0]]
