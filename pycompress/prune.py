@@ -20,7 +20,7 @@ from pycompress.refit import inputs_and_aims, refit_by_admm, refit_linear
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
 from pycompress.report import Row
-from pycompress.sensitivity import loss_sensitivity, weight_saliency
+from pycompress.sensitivity import loss_covariance, weight_saliency
 from pycompress.shrink import shrink
 from pycompress.subnet import Kept, Subnet
 
@@ -180,15 +180,16 @@ class Pruning:
             f"{self.architecture.blocks}.{b}.{path}" for b in range(len(self.sizes)) for path in self.paths.values()
         ]
         saliency: dict[str, tuple[Tensor, Tensor]] = {}
-        sensitivity: dict[str, Tensor] = {}
-        if self.batches is not None and {"saliency", "sensitivity"} & set(self.method.needs):
+        covariance: dict[str, Tensor] = {}
+        if self.batches is not None and {"saliency", "covariance"} & set(self.method.needs):
             sample = first_tokens(self.batches, SENSITIVITY_TOKENS)
             progress = lambda items: self.bar(items, "loss gradients")  # noqa: E731
             if "saliency" in self.method.needs:
                 weights = {name: dense_weight(self.model.get_submodule(name)) for name in names}
                 saliency = weight_saliency(self.model, blocks(self.model), sample, weights, progress)
             else:
-                sensitivity = loss_sensitivity(self.model, blocks(self.model), sample, names, progress)
+                readers = [self._name(b, role) for b in range(len(self.sizes)) for role in ("o", "down")]
+                covariance = loss_covariance(self.model, blocks(self.model), sample, readers, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
         found = []
@@ -200,7 +201,7 @@ class Pruning:
                 for stage in self.architecture.stages:
                     statistics |= dict.fromkeys(stage.roles, measured[stage.roles[0]])
                 self.means |= {(block, role): _mean(statistics[role]) for role in ("o", "down")}
-            member = lambda role, units: self._member(block, role, units, statistics, saliency, sensitivity)  # noqa: B023, E731
+            member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
             found.append({part: self._ranked(groups) for part, groups in self._groups(block, member).items()})
         return found
 
@@ -226,7 +227,7 @@ class Pruning:
         units: Tensor,
         statistics: dict[str, Statistics],
         saliency: dict[str, tuple[Tensor, Tensor]],
-        sensitivity: dict[str, Tensor],
+        covariance: dict[str, Tensor],
     ) -> Member:
         holder = self.sizes[block].holder(role)
         name = self._name(block, holder)
@@ -239,7 +240,7 @@ class Pruning:
             gram=None if inputs is None else inputs.gram,
             mean=None if inputs is None else inputs.mean,
             saliency=saliency[name][1 if reads else 0] if name in saliency else None,
-            sensitivity=sensitivity.get(name),
+            covariance=covariance.get(name),
         )
 
     def _ranked(self, group: Group) -> Ranked:

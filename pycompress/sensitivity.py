@@ -44,14 +44,16 @@ def loss_covariance(
 ) -> dict[str, Tensor]:
     """Mean of `g gᵀ`, g the gradient of the loss by a token's outputs of each linear, `[N, N]` float32, in nats².
 
-    As `loss_sensitivity`, for errors that go together. A few tokens (the first of a text, delimiters) have gradients
-    hundreds of times as long as the others', which would decide everything: squared lengths above `CLIP` times the
-    batch's median are scaled down to that. Raises `ValueError` where the loss gives no gradient that is finite.
+    As `loss_sensitivity`, for errors that go together. A few tokens have gradients hundreds of times as long as the
+    others', which would decide everything: the first of a sequence is left out, and squared lengths above `CLIP` times
+    the sequence's median are scaled down to that. `batches`: of one sequence each. Raises `ValueError` where the loss
+    gives no gradient that is finite.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
     def add(name: str, gradient: Tensor) -> None:
+        gradient = gradient[1:]
         squares = gradient.double().square().sum(1)
         scale = (CLIP * squares.median() / squares.clamp(min=1e-300)).clamp(max=1).sqrt()
         gradient = gradient.double() * scale[:, None]

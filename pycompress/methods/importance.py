@@ -14,7 +14,7 @@ from torch import Tensor
 # A share of the mean of a Gram matrix's diagonal, added to that diagonal before it is inverted.
 DAMPING = 1e-2
 # How many units one step of an elimination removes: one in so many of those that are left.
-STEP = 64
+STEP = 12
 
 
 def inverse(gram: Tensor, damping: float = DAMPING) -> Tensor:

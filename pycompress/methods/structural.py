@@ -12,7 +12,7 @@ from pycompress.methods.importance import Elimination
 from pycompress.recipe import Config
 
 # What scores may be measured from, beside the weights.
-NEEDS = ("gram", "mean", "saliency", "sensitivity", "influence")
+NEEDS = ("gram", "mean", "saliency", "covariance", "influence")
 PARTS = ("mlp", "attention")
 
 
@@ -49,7 +49,7 @@ class Member:
     `weight [N, K]`; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each unit covers. The
     others, float32, are there where the method needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs.
     `saliency`: `|W ⊙ ∂loss/∂W|` summed over each row of a writer `[N]`, each column of a reader `[K]`, in nats.
-    `sensitivity [N]`: mean squared gradient of the loss by each output, in nats² over the output's unit squared.
+    `covariance [N, N]`: of the loss's gradients by the outputs of a reader, in nats² over the output's unit squared.
     """
 
     weight: Tensor
@@ -57,7 +57,7 @@ class Member:
     gram: Tensor | None = None
     mean: Tensor | None = None
     saliency: Tensor | None = None
-    sensitivity: Tensor | None = None
+    covariance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Refit:
     """
 
     kind: str = "weights"
-    sequential: bool = True
+    sequential: bool = False
     damping: float | None = None
 
 

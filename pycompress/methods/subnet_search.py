@@ -29,9 +29,9 @@ class SubnetSearch(StructuralConfig):
     """
 
     importance: str = "elimination"
-    allocation: str = "uniform"
+    allocation: str = "loss"
     reform: str = "exact"
-    sequential: bool = True
+    sequential: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -53,7 +53,7 @@ def ranked(group: Group, config: SubnetSearch) -> Elimination:
         return Elimination(order[None].cpu(), torch.zeros(len(order), dtype=torch.float64))
     (reader,) = group.readers
     assert reader.gram is not None
-    return eliminate(reader.weight, reader.gram, reader.units[None], reader.sensitivity)
+    return eliminate(reader.weight, reader.gram, reader.units[None], reader.covariance)
 
 
 def _phi(group: Group) -> Tensor:
@@ -74,7 +74,7 @@ def _refit(config: SubnetSearch) -> Refit | None:
 
 STRUCTURAL[SubnetSearch] = Structural(
     eliminate=ranked,
-    needs=("gram", "sensitivity"),
+    needs=("gram", "covariance"),
     by_error=lambda config: config.allocation == "loss",
     refit=_refit,
 )
