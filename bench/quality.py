@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pycompress
-from pycompress import RTN, SWSC, LowRank
+from pycompress import FLAP, RTN, SWSC, LayerDrop, LowRank, Magnitude, Random, SubnetSearch, Taylor, Wanda
 from pycompress.demo.gemma import gemma_folder
 from pycompress.measure import perplexity, token_windows
 from pycompress.recipe import Config
@@ -64,7 +64,43 @@ ROWS: tuple[tuple[str, Config | None], ...] = (
 )
 
 
-DECIDING = ("api", "allocate", "calibrate", "sensitivity", "formats", "storage", "methods/*")
+PRUNED = (0.9, 0.8, 0.7, 0.6, 0.5)
+PEERS = (0.93, 0.86, 0.79, 0.65)  # kept ratios of OptiPFair's figures
+BASELINES: dict[str, type[Any]] = {
+    "FLAP": FLAP,
+    "Wanda": Wanda,
+    "Taylor": Taylor,
+    "magnitude": Magnitude,
+    "random": Random,
+}
+ROWS += (
+    *((f"pruned to {keep}: ours", SubnetSearch(keep)) for keep in PRUNED + PEERS),
+    *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, candidates=60)) for keep in PRUNED),
+    *((f"pruned to {keep}: ours, not refitted", SubnetSearch(keep, reform="none")) for keep in PRUNED),
+    *((f"pruned to {keep}: ours, uniform", SubnetSearch(keep, allocation="uniform")) for keep in PRUNED),
+    *(
+        (f"pruned to {keep}: the paper's scores", SubnetSearch(keep, importance="phi", allocation="uniform"))
+        for keep in PRUNED
+    ),
+    *((f"pruned to {keep}: {name}", method(keep)) for name, method in BASELINES.items() for keep in PRUNED),
+    *((f"pruned to {keep}: layers by influence", LayerDrop(keep)) for keep in PRUNED),
+    *((f"pruned to {keep}: last layers", LayerDrop(keep, order="last")) for keep in PRUNED),
+)
+
+
+DECIDING = (
+    "api",
+    "allocate",
+    "calibrate",
+    "sensitivity",
+    "formats",
+    "storage",
+    "methods/*",
+    "prune",
+    "reform",
+    "refit",
+    "shrink",
+)
 
 
 def sources() -> str:

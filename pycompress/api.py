@@ -29,6 +29,7 @@ from pycompress.prune import Pruning
 from pycompress.recipe import Config, Recipe
 from pycompress.replace import Undo, dense_weight, replace
 from pycompress.report import Report, Row, Total
+from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
 
 SENSITIVITY_TOKENS = 4096
@@ -70,7 +71,7 @@ def apply(
         steps = plan(model, packing)
         job.feel(steps)
         rows = job.compress(job.allocate(steps, packing))
-        return _report(pruned, rows, before, between, configs)
+        return replace_field(_report(pruned, rows, before, between, configs), searches=tuple(job.searches))
     except BaseException:
         job.undo_all()
         raise
@@ -90,6 +91,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.undo = Undo(self.model)
         self.shrunk: list[Callable[[], None]] = []
+        self.searches: list[Result] = []
         self.sensitivity: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
 
@@ -98,9 +100,10 @@ class _Job:
         rows: dict[str, Row] = {}
         for count, config in enumerate(configs, start=1):
             stage = self.saved.stage(configs[:count])
-            pruning = Pruning(self.model, config, self.batches, stage, self._bar)
+            pruning = Pruning(self.model, config, self.batches, stage, self._bar, self.progress)
             found, undo = pruning.run()
             self.shrunk.append(undo)
+            self.searches += [] if pruning.result is None else [pruning.result]
             rows = {row.name: row for row in found}
         return list(rows.values())
 

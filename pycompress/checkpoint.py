@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from pycompress.files import read_json, write_whole
 from pycompress.formats import Packed, rebuild
 from pycompress.methods.registry import Curve
 from pycompress.methods.structural import StructuralConfig
 from pycompress.recipe import Config, Recipe
 from pycompress.report import Row
+from pycompress.search import Result
 from pycompress.subnet import Subnet
 
 RUN = "run.json"
@@ -112,7 +112,7 @@ class Checkpoint:
 
     def stage(self, configs: Sequence[Config]) -> Stage:
         """Where the last of these structural configs, run after the others, keeps its progress."""
-        return Stage(self, _digest(repr(list(configs))))
+        return Stage(self, _digest(repr(list(configs))), _digest(repr(list(configs[:-1]))))
 
     def save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """The tensors first, then the description with their hash: without the second the first does not count."""
@@ -143,42 +143,40 @@ class Checkpoint:
         write_whole(self.path / name, data)
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file so that after an interruption it is the old one or the new one, never part of it."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
-            part.write(data)
-            part.flush()
-            os.fsync(part.fileno())
-        os.replace(part.name, file)
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` where it holds something else."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged; delete {file.parent} to start over")
-    return content
-
-
 @dataclass(frozen=True)
 class Stage:
-    """Progress of one structural config: the subnet it chose, and the linears it has refitted."""
+    """Progress of one structural config: the subnet it chose, and the linears it has refitted.
+
+    Configs that differ in size alone share their ranking; `before` stands for the configs that ran earlier.
+    """
 
     checkpoint: Checkpoint
     key: str
+    before: str
 
-    def save_subnet(self, subnet: Subnet) -> None:
-        self.checkpoint.save(f"subnet-{self.key}", {}, {"subnet": subnet.to_dict()})
+    @property
+    def folder(self) -> Path | None:
+        return self.checkpoint.path
 
-    def load_subnet(self) -> Subnet | None:
+    def save_ranking(self, of: str, tensors: dict[str, Tensor]) -> None:
+        """`of`: what decides the ranking."""
+        self.checkpoint.save(f"ranking-{_digest(of + self.before)}", tensors, {})
+
+    def load_ranking(self, of: str) -> dict[str, Tensor] | None:
+        found = self.checkpoint.load(f"ranking-{_digest(of + self.before)}")
+        return None if found is None else found[0]
+
+    def save_subnet(self, subnet: Subnet, result: Result | None) -> None:
+        """What was chosen, and the search that found it, if there was one."""
+        found = None if result is None else result.to_json()
+        self.checkpoint.save(f"subnet-{self.key}", {}, {"subnet": subnet.to_dict(), "search": found})
+
+    def load_subnet(self) -> tuple[Subnet, Result | None] | None:
         found = self.checkpoint.load(f"subnet-{self.key}")
-        return None if found is None else Subnet.from_dict(found[1]["subnet"])
+        if found is None:
+            return None
+        text = found[1]["search"]
+        return Subnet.from_dict(found[1]["subnet"]), None if text is None else Result.from_json(text)
 
     def save_refit(self, block: int, found: dict[str, tuple[Tensor, float]]) -> None:
         """Weights and errors of one block's refitted linears, by role."""

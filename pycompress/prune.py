@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 from pycompress.allocate import spread
 from pycompress.calibrate import Batch, Stream, block_influence, first_tokens
+from pycompress.candidates import Encoding, Order
 from pycompress.checkpoint import Stage
+from pycompress.evolve import Reformed, evolve, narrowed
 from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Curve, Statistics
-from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Structural, StructuralConfig
-from pycompress.refit import inputs_and_aims, refit_by_admm, refit_linear
+from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Search, Structural, StructuralConfig
+from pycompress.refit import assign, inputs_and_aims, refit_by_admm, refit_linear
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
 from pycompress.report import Row
+from pycompress.search import Result
 from pycompress.sensitivity import loss_covariance, weight_saliency
 from pycompress.shrink import shrink
 from pycompress.subnet import Kept, Subnet
 
 SENSITIVITY_TOKENS = 4096
+# Of refits while searching; the refit of the winner chooses its own.
+REFORM_DAMPING = 1e-3
 MLP_ROLES = ("gate", "up", "down")
 
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -56,21 +61,28 @@ class Pruning:
     batches: list[Batch] | None
     saved: Stage
     bar: Bar
+    progress: bool = True
 
     def __post_init__(self) -> None:
         self.method: Structural = STRUCTURAL[type(self.config)]
+        self.search = self.method.search(self.config)
+        self.refit = self.method.refit(self.config)
         self.architecture = architecture_of(self.model)
         self.sizes = [geometry(self.model, block) for block in range(len(blocks(self.model)))]
         self.paths = self.architecture.paths
         self.means: dict[tuple[int, str], Tensor] = {}
+        self.grams: list[Tensor] = []
+        self.result: Result | None = None
 
     def run(self) -> tuple[list[Row], Callable[[], None]]:
-        refit = self.method.refit(self.config)
+        refit = self.refit
         compensated = refit is not None and refit.kind == "bias"
-        subnet = None if compensated else self.saved.load_subnet()
-        if subnet is None:
+        known = None if compensated else self.saved.load_subnet()
+        if known is None:
             subnet = self.choose()
-            self.saved.save_subnet(subnet)
+            self.saved.save_subnet(subnet, self.result)
+        else:
+            subnet, self.result = known
         before = self._bytes()
         dense = None if refit is None or self.batches is None else self._stream()
         biases = self._compensations(subnet) if compensated else {}
@@ -99,7 +111,7 @@ class Pruning:
                     found = self._refit_block(old, new, kept, refit, dense, pruned, tokens)
                     self.saved.save_refit(new, found)
                 for role, (weight, error) in found.items():
-                    self._linear(new, role).get_parameter("weight").data.copy_(weight)
+                    assign(self._linear(new, role), weight)
                     errors[self._name(new, role)] = error
             if old < len(self.sizes) - 1:
                 dense.advance()
@@ -121,7 +133,7 @@ class Pruning:
             else:
                 pairs = inputs_and_aims(dense, pruned, self.paths[role], columns)
                 error = refit_linear(linear, pairs, tokens, refit.damping)
-            found[role] = (linear.get_parameter("weight").detach().clone(), error)
+            found[role] = (dense_weight(linear), error)
         return found
 
     def _compensations(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -144,8 +156,10 @@ class Pruning:
         """The subnet of the config's size whose units matter most."""
         if self.method.blocks is not None:
             return self._whole_blocks()
-        ranked = self._rank()
+        ranked = self._known_ranking() or self._rank()
         widths = self._widths(ranked)
+        if self.search is not None:
+            return self._evolved(self.search, ranked, widths)
         kept = []
         for block, size in enumerate(self.sizes):
             mlp, head = widths[block]
@@ -157,6 +171,31 @@ class Pruning:
                 )
             )
         return Subnet(tuple(kept))
+
+    def _evolved(self, search: Search, ranked: list[dict[str, Ranked]], widths: list[tuple[int, int]]) -> Subnet:
+        """The best subnet of a search that starts from these widths."""
+        assert self.batches is not None
+        orders = [_order(size, found) for size, found in zip(self.sizes, ranked, strict=True)]
+        space = Encoding(self.model, orders).space(self.config.keep, round_to=self._steps(), depth=search.depth)
+        shares = [(head / size.width, mlp / size.mlp) for size, (mlp, head) in zip(self.sizes, widths, strict=True)]
+        downs = [self._linear(block, "down") for block in range(len(self.sizes))]
+        biases = [None if down.bias is None else down.bias.detach().float() for down in downs]
+        provider = None
+        if search.refitted:
+            provider = Reformed([dense_weight(down).float() for down in downs], self.grams, biases, REFORM_DAMPING)
+        subnet, self.result = evolve(
+            self.model,
+            first_tokens(self.batches, search.samples),
+            orders,
+            shares,
+            narrowed(space, self.config.parts),
+            provider,
+            search,
+            folder=self.saved.folder,
+            identity=self.saved.key,
+            progress=self.progress,
+        )
+        return subnet
 
     def _whole_blocks(self) -> Subnet:
         assert self.method.blocks is not None
@@ -173,6 +212,33 @@ class Pruning:
             left -= self.sizes[block].parameters(Kept())
             gone.add(block)
         return Subnet(tuple(None if block in gone else Kept() for block in range(len(self.sizes))))
+
+    def _known_ranking(self) -> list[dict[str, Ranked]] | None:
+        """What an earlier run has ranked, unless that left out what this one needs beside it."""
+        if self.search is not None or (self.refit is not None and self.refit.kind == "bias"):
+            return None
+        found = self.saved.load_ranking(self._ranking)
+        if found is None:
+            return None
+        ranked: list[dict[str, Ranked]] = [{} for _ in self.sizes]
+        for name in {key.rpartition(" ")[0] for key in found}:
+            block, part = name.split(" ")
+            ranked[int(block)][part] = Ranked(
+                found[f"{name} order"], found[f"{name} scores"], found.get(f"{name} error")
+            )
+        return ranked
+
+    def _save_ranking(self, ranked: list[dict[str, Ranked]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for block, parts in enumerate(ranked):
+            for part, found in parts.items():
+                tensors |= {f"{block} {part} order": found.order, f"{block} {part} scores": found.scores}
+                tensors |= {} if found.error is None else {f"{block} {part} error": found.error}
+        self.saved.save_ranking(self._ranking, tensors)
+
+    @property
+    def _ranking(self) -> str:
+        return repr((self.config.name, self.config.parts, self.method.ranking(self.config)))
 
     def _rank(self) -> list[dict[str, Ranked]]:
         """Every block's parts ranked, from the dense model."""
@@ -200,9 +266,12 @@ class Pruning:
                 measured = stream.statistics(modules, advance=block < len(self.sizes) - 1)
                 for stage in self.architecture.stages:
                     statistics |= dict.fromkeys(stage.roles, measured[stage.roles[0]])
+                if self.search is not None and self.search.refitted:
+                    self.grams.append(statistics["down"].gram)
                 self.means |= {(block, role): _mean(statistics[role]) for role in ("o", "down")}
             member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
             found.append({part: self._ranked(groups) for part, groups in self._groups(block, member).items()})
+        self._save_ranking(found)
         return found
 
     def _groups(self, block: int, member: Callable[[str, Tensor], Member]) -> dict[str, Group]:
@@ -248,7 +317,7 @@ class Pruning:
             found: Elimination = self.method.eliminate(group, self.config)
             # The last unit never goes.
             error = torch.cat([found.error, found.error[-1:]])
-            return Ranked(found.order[0], error[1:], error)
+            return Ranked(found.order[0], error[1:].clone(), error)
         assert self.method.scores is not None
         scores = self.method.scores(group, self.config).cpu()
         order = scores.argsort(stable=True)
@@ -274,12 +343,15 @@ class Pruning:
             else:
                 high = middle - 1
         if low < 0:
-            least = self._parameters(widths_at(0)) / self._parameters([(s.mlp, s.width) for s in self.sizes])
-            raise ValueError(
-                f"{self.config.name} cannot keep as little as {self.config.keep} of the parameters of "
-                f"{' and '.join(self.config.parts)}; the least is {least:.3f}: raise keep, or prune more parts"
-            )
+            raise self._too_small(self._parameters(widths_at(0)))
         return widths_at(low)
+
+    def _too_small(self, least: int) -> ValueError:
+        part = least / sum(size.parameters(Kept()) for size in self.sizes)
+        return ValueError(
+            f"{self.config.name}(parts={self.config.parts}) keeps at least {part:.3f} of the blocks' parameters, "
+            f"got keep={self.config.keep}; raise keep, prune more parts, or lower round_to"
+        )
 
     def _share(self, size: Geometry, fraction: float) -> tuple[int, int]:
         return self._rounded(size, fraction if "mlp" in self.config.parts else 1.0, self._heads_too(fraction))
@@ -288,9 +360,13 @@ class Pruning:
         return fraction if "attention" in self.config.parts else 1.0
 
     def _rounded(self, size: Geometry, mlp: float, head: float) -> tuple[int, int]:
-        step = self.config.round_to
-        head_step = None if step is None else min(step + step % 2, 8)
+        head_step, step = self._steps() or (None, None)
         return size.mlp_width(mlp, step), size.head_width(head, head_step)
+
+    def _steps(self) -> tuple[int, int] | None:
+        """What widths of heads and of MLPs are multiples of, None for what fits each block."""
+        step = self.config.round_to
+        return None if step is None else (min(step + step % 2, 8), step)
 
     def _above(self, ranked: list[dict[str, Ranked]], threshold: float) -> list[tuple[int, int]]:
         """Widths when every unit whose score is at least the threshold stays, and at least one."""
@@ -320,6 +396,9 @@ class Pruning:
                 nbytes, error = torch.tensor(costs), torch.tensor(errors, dtype=torch.float64)
                 curves[name] = Curve(nbytes, error, 1.0, torch.arange(len(choices)))
         total = sum(size.parameters(Kept()) for size in self.sizes)
+        least = sum(int(curve.nbytes.min()) for curve in curves.values())
+        if least > self.config.keep * total:
+            raise self._too_small(least)
         given = spread(curves, dict.fromkeys(curves, 1.0), int(self.config.keep * total))
         return [
             (widths[f"{b} mlp"][given[f"{b} mlp"]], widths[f"{b} attention"][given[f"{b} attention"]])
@@ -365,6 +444,18 @@ class Pruning:
                 error = errors.get(name, float("nan"))
                 rows.append(Row(name, new, kind, before[old, role], after, after, error, 0.0))
         return rows
+
+
+def _order(size: Geometry, found: dict[str, Ranked]) -> Order:
+    """The block's units, the most important first."""
+    mlp = found["mlp"].order.flip(0) if "mlp" in found else None
+    if "mlp" in found and len(found) == 1:
+        return Order(mlp=mlp)
+    units = _head_units(size)
+    starts = dict(zip(units, (0, len(size.qk_units)), strict=False))
+    rows = torch.cat([found[name].order.flip(0) + starts[name] for name in units])
+    channels = torch.cat([units[name][found[name].order.flip(0)].flatten() for name in units])
+    return Order(mlp=mlp, qk=rows[None], vo=channels.expand(size.kv_heads, -1))
 
 
 def _mean(statistics: Statistics) -> Tensor:

@@ -69,8 +69,7 @@ def refit_linear(
         damping = held_out_damping(fitted.gram, fitted.cross, *others, start) if held_out.tokens else DAMPING
     both = fitted + held_out
     value = reform(start, both.gram, torch.arange(len(both.gram)), both.cross, damping)
-    weight.copy_((value.T if turned else value).to(weight))
-    stored = (weight.T if turned else weight).double().cpu()
+    stored = assign(module, value).double().cpu()
     left = both.energy - 2 * float((stored * both.cross).sum()) + float((stored @ both.gram * stored).sum())
     return (max(left, 0.0) / both.energy) ** 0.5 if both.energy else 0.0
 
@@ -78,13 +77,23 @@ def refit_linear(
 @torch.no_grad()
 def refit_by_admm(module: nn.Module, dense: Stream, path: str, columns: Tensor) -> float:
     """The same by the published iteration, on the dense inputs; `columns [K']` of the dense linear at `path` stay."""
-    weight, whole = module.get_parameter("weight"), dense_weight(dense.block.get_submodule(path)).double().cpu()
+    whole = dense_weight(dense.block.get_submodule(path)).double().cpu()
     gram = dense.statistics({path: dense.block.get_submodule(path)})[path].gram.double().cpu()
     value = reform_admm(whole, gram, columns)
-    weight.copy_((value if isinstance(module, nn.Linear) else value.T).to(weight))
     left = whole.clone()
-    left[:, columns] -= value
+    left[:, columns] -= assign(module, value).double().cpu()
     return float(((left @ gram * left).sum() / (whole @ gram * whole).sum()).clamp(min=0)) ** 0.5
+
+
+def assign(module: nn.Module, value: Tensor) -> Tensor:
+    """Give a linear the weight `value [N, K']`, as a parameter of its own: a shrunk model shares what stays whole.
+
+    Gives the weight as it is stored, `[N, K']` in the module's dtype.
+    """
+    weight = module.get_parameter("weight")
+    stored = (value if isinstance(module, nn.Linear) else value.T).to(weight).contiguous()
+    module.register_parameter("weight", nn.Parameter(stored, requires_grad=weight.requires_grad))
+    return stored if isinstance(module, nn.Linear) else stored.T
 
 
 def inputs_and_aims(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pycompress.search import Result
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,7 +42,8 @@ class Total:
 @dataclass(frozen=True)
 class Report:
     """`targets`: the matrices the recipe named. `decoder`: all tensors of the decoder blocks. `file`: every tensor, as
-    `save_pretrained` stores it. `recipe`: the settings as plain values.
+    `save_pretrained` stores it. `recipe`: the settings as plain values. `searches`: every candidate that a search
+    tried, one result a searching method of the recipe; not part of the JSON.
     """
 
     rows: tuple[Row, ...]
@@ -48,6 +51,7 @@ class Report:
     decoder: Total
     file: Total
     recipe: list[dict[str, Any]] = field(default_factory=list)
+    searches: tuple[Result, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{'module':<42}{'format':<30}{'bytes':>11}{'keep':>8}{'error':>9}{'seconds':>9}"]
@@ -75,8 +79,8 @@ class Report:
         """The report that `to_json` wrote."""
         data = json.loads(text)
         rows = (row | {"error": math.nan if row["error"] is None else row["error"]} for row in data["rows"])
-        totals = {name: Total(data[name]["before"], data[name]["after"]) for name in ("targets", "decoder", "file")}
-        return cls(tuple(Row(**row) for row in rows), recipe=data["recipe"], **totals)
+        targets, decoder, file = (Total(data[n]["before"], data[n]["after"]) for n in ("targets", "decoder", "file"))
+        return cls(tuple(Row(**row) for row in rows), targets, decoder, file, data["recipe"])
 
     def plot(self, path: str | Path) -> None:
         """Kept bytes and output error of every module over depth, as an image; needs `pip install pycompress[plot]`."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from pycompress.checkpoint import read_json, write_whole
+from pycompress.files import read_json, write_whole
 
 # The paper's search spaces (its table 7), by kept ratio: the least share of channels a block keeps, and the fewest
 # blocks of models of 12 and 24 (OPT), 32, 40, 60 and 80 (LLaMA) blocks. At 0.7 the

@@ -88,7 +88,8 @@ def test_held_out_damping_is_the_best_of_them(inputs, weight):
     for damping in dampings:
         ridge = damping * float(few[:, KEPT].square().mean())
         errors.append(error(weight, solved(few[:, KEPT], few @ weight.T, ridge, weight[:, KEPT]), many))
-    chosen = held_out_damping(weight, gram(few), gram(many), KEPT, dampings)
+    fitted, held_out = ((x[:, KEPT].T @ x[:, KEPT], (x @ weight.T).T @ x[:, KEPT]) for x in (few, many))
+    chosen = held_out_damping(*fitted, *held_out, weight[:, KEPT], dampings)
     assert chosen == dampings[int(np.argmin(errors))]
     assert 1e-4 < chosen < 1e2
 

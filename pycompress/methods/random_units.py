@@ -31,4 +31,4 @@ def scores(group: Group, config: Random) -> Tensor:
     return torch.randperm(group.size, generator=generator).double().to(group.members[0].weight.device)
 
 
-STRUCTURAL[Random] = Structural(scores)
+STRUCTURAL[Random] = Structural(scores, ranking=lambda config: (config.seed,))

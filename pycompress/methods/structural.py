@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pycompress.methods.importance import Elimination
 from pycompress.recipe import Config
+from pycompress.search import Evolution
 
 # What scores may be measured from, beside the weights.
 NEEDS = ("gram", "mean", "saliency", "covariance", "influence")
@@ -92,6 +93,24 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Evolution that goes on from the method's own choice.
+
+    `samples`: calibration tokens that candidates are run on, of which a share `positions` is scored. `depth`: blocks
+    may be dropped. `refitted`: candidates have their `down` refitted to the dense inputs. `executor`, `workers`: as in
+    `executor.open_executor`.
+    """
+
+    evolution: Evolution
+    samples: int
+    positions: float
+    depth: bool
+    refitted: bool
+    executor: str
+    workers: int
+
+
+@dataclass(frozen=True)
 class Structural:
     """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `eliminate(group,
     config)` gives an order with its error instead, `blocks(influence [B], config)` the importance of whole blocks
@@ -99,7 +118,8 @@ class Structural:
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
     model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its
-    share. `refit(config)`: None leaves what stays as it is.
+    share. `ranking(config)`: the settings that decide scores and order, beside `parts`. `refit(config)`: None leaves
+    what stays as it is. `search(config)`: None takes the choice as it is.
     """
 
     scores: Callable[[Group, Any], Tensor] | None = None
@@ -108,7 +128,9 @@ class Structural:
     needs: tuple[str, ...] = ()
     compared: Callable[[Any], bool] = lambda config: False
     by_error: Callable[[Any], bool] = lambda config: False
+    ranking: Callable[[Any], tuple[Any, ...]] = lambda config: ()
     refit: Callable[[Any], Refit | None] = lambda config: None
+    search: Callable[[Any], Search | None] = lambda config: None
 
 
 STRUCTURAL: dict[type[Config], Structural] = {}

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pycompress.executor import EXECUTORS
 from pycompress.methods.importance import Elimination, column_scores, eliminate, phi, row_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Refit, Structural, StructuralConfig
+from pycompress.methods.structural import STRUCTURAL, Group, Refit, Search, Structural, StructuralConfig
+from pycompress.search import Evolution
 
 IMPORTANCES = ("elimination", "phi")
 ALLOCATIONS = ("uniform", "loss")
@@ -23,7 +25,13 @@ class SubnetSearch(StructuralConfig):
     others have made up for them; "phi" takes the paper's scores, which look at each channel alone. `allocation`:
     "uniform" keeps the same share of every block, "loss" spends one budget where the elimination's error says it saves
     most. `reform`: "exact" least squares, "admm" the paper's iteration, "none". `sequential`: refit on the inputs that
-    the pruned blocks give, else on the dense model's. Raises ValueError on other values.
+    the pruned blocks give, else on the dense model's.
+
+    From there evolution goes on, by the perplexity of refitted candidates on the first `samples` calibration tokens, a
+    share `positions` of which is scored. `candidates`: how many it may try, 0 for none, None for as many as the
+    generations hold; `seconds`: how long it may take. `masks`: "nested" searches widths and depth, "important" and
+    "free" index sets too. `depth`: whether blocks may be dropped. `population`, `mutations`, `crossovers`, `parents`,
+    `generations`, `seed`: the paper's. `executor`: "local", or "ray" with `workers`. Raises ValueError on other values.
 
     Reference: arXiv:2409.17372.
     """
@@ -32,6 +40,20 @@ class SubnetSearch(StructuralConfig):
     allocation: str = "loss"
     reform: str = "exact"
     sequential: bool = False
+    candidates: int | None = 0
+    seconds: float | None = None
+    samples: int = 2048
+    positions: float = 0.5
+    masks: str = "nested"
+    depth: bool = False
+    population: int = 100
+    mutations: int = 50
+    crossovers: int = 30
+    parents: int = 10
+    generations: int = 50
+    seed: int = 0
+    executor: str = "local"
+    workers: int = 1
 
     @property
     def needs_calibration(self) -> bool:
@@ -44,6 +66,16 @@ class SubnetSearch(StructuralConfig):
         self.check_choice("reform", *REFORMS)
         if self.importance == "phi" and self.allocation == "loss":
             raise ValueError('SubnetSearch(allocation="loss") needs importance="elimination", which knows the loss')
+        self.check_count("candidates", 0)
+        self.check_count("samples", 2)
+        self.check_count("workers", 1)
+        self.check_fraction("positions")
+        self.check_choice("executor", *EXECUTORS)
+        if self.candidates != 0 and self.uniform:
+            raise ValueError(
+                "SubnetSearch(uniform=True) has one width for all blocks and nothing to search; candidates=0"
+            )
+        _search(self)
 
 
 def ranked(group: Group, config: SubnetSearch) -> Elimination:
@@ -72,9 +104,29 @@ def _refit(config: SubnetSearch) -> Refit | None:
     return Refit("weights" if config.reform == "exact" else "admm", config.sequential and config.reform == "exact")
 
 
+def _search(config: SubnetSearch) -> Search | None:
+    if config.candidates == 0:
+        return None
+    evolution = Evolution(
+        population=config.population,
+        mutations=config.mutations,
+        crossovers=config.crossovers,
+        parents=config.parents,
+        generations=config.generations,
+        masks=config.masks,
+        seed=config.seed,
+        max_candidates=config.candidates,
+        max_seconds=config.seconds,
+    )
+    where = (config.executor, config.workers)
+    return Search(evolution, config.samples, config.positions, config.depth, config.reform != "none", *where)
+
+
 STRUCTURAL[SubnetSearch] = Structural(
     eliminate=ranked,
     needs=("gram", "covariance"),
     by_error=lambda config: config.allocation == "loss",
+    ranking=lambda config: (config.importance,),
     refit=_refit,
+    search=_search,
 )
