@@ -2,7 +2,8 @@
 
 Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
 validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
-that are recorded for the same sources are not run again.
+that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources they were
+measured with, until they are.
 """
 
 from __future__ import annotations
@@ -126,20 +127,19 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str], s
         facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
     seconds = time.perf_counter() - start
     facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)
-    return facts | {"seconds": seconds}
+    measured_with = {"sources": state, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return facts | {"seconds": seconds} | measured_with
 
 
-def recorded(state: str) -> dict[str, Any]:
-    """The rows on file, if they are of these sources."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return known["rows"] if known.get("sources") == state else {}
+def recorded() -> dict[str, Any]:
+    """The rows on file, each with the sources it was measured with."""
+    rows: dict[str, Any] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    return rows
 
 
-def record(label: str, row: dict[str, Any], state: str) -> dict[str, Any]:
-    rows = recorded(state) | {label: row}
-    ordered = {name: rows[name] for name, _ in ROWS if name in rows}
-    versions = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    content = {"command": "python bench/quality.py", "sources": state, **versions, "rows": ordered}
+def record(label: str, row: dict[str, Any]) -> dict[str, Any]:
+    rows = recorded() | {label: row}
+    content = {"command": "python bench/quality.py", "rows": {name: rows[name] for name, _ in ROWS if name in rows}}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     return row
@@ -157,7 +157,9 @@ def main(only: list[str]) -> int:
     for label, config in ROWS:
         if only and not any(label.startswith(part) for part in only):
             continue
-        row = recorded(state).get(label) or record(label, measure(config, folder, texts, state), state)
+        row = recorded().get(label)
+        if row is None or row["sources"] != state:
+            row = record(label, measure(config, folder, texts, state))
         print(
             f"{label:<52} keep {row['keep_targets']:.4f} of the targets, {row['keep_decoder']:.4f} of the decoder: "
             f"perplexity {row['perplexity']:.2f} ({row['seconds']:.0f} s)",

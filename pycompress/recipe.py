@@ -15,7 +15,7 @@ CONFIGS: dict[str, type[Config]] = {}
 
 @dataclass(frozen=True)
 class Config:
-    """One method and its settings. Subclasses register themselves under their class name.
+    """One method and its settings. Subclasses that are not `abstract` register themselves under their class name.
 
     `targets`: roles of linear layers ("q", "k", "down", …) or patterns over module names; None means every linear
     layer of the decoder blocks.
@@ -23,8 +23,9 @@ class Config:
 
     targets: tuple[str, ...] | None = field(default=None, kw_only=True)
 
-    def __init_subclass__(cls) -> None:
-        CONFIGS[cls.__name__] = cls
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:
+            CONFIGS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):

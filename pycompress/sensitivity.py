@@ -32,6 +32,7 @@ def loss_sensitivity(
     counts = dict.fromkeys(names, 0)
 
     def add(name: str, gradient: Tensor) -> None:
+        gradient = gradient.flatten(0, -2)
         sums[name] = sums.get(name, 0) + gradient.double().square().sum(0)
         counts[name] += len(gradient)
 
@@ -46,14 +47,13 @@ def loss_covariance(
 
     As `loss_sensitivity`, for errors that go together. A few tokens have gradients hundreds of times as long as the
     others', which would decide everything: the first of a sequence is left out, and squared lengths above `CLIP` times
-    the sequence's median are scaled down to that. `batches`: of one sequence each. Raises `ValueError` where the loss
-    gives no gradient that is finite.
+    the batch's median are scaled down to that. Raises `ValueError` where the loss gives no gradient that is finite.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
     def add(name: str, gradient: Tensor) -> None:
-        gradient = gradient[1:]
+        gradient = gradient[..., 1:, :].flatten(0, -2)
         squares = gradient.double().square().sum(1)
         scale = (CLIP * squares.median() / squares.clamp(min=1e-300)).clamp(max=1).sqrt()
         gradient = gradient.double() * scale[:, None]
@@ -117,16 +117,19 @@ def _gradients(
     take: Callable[[str, Tensor], None],
     progress: Callable[[Any], Any],
 ) -> None:
-    """Hand the gradient of the summed loss by the outputs of each linear to `take`, `[tokens, N]` a batch."""
+    """Hand the gradient of the summed loss by the outputs of each linear to `take`, `[B, T, N]` a batch."""
+
+    shape: list[int] = []
 
     def record(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
-        return lambda module, inputs, outputs: take(name, outputs[0].flatten(0, -2))
+        return lambda module, inputs, outputs: take(name, outputs[0].reshape(*shape, -1))
 
     handles = [model.get_submodule(name).register_full_backward_hook(record(name)) for name in names]
     try:
         with _frozen(model), _recomputed(blocks):
             head = in_float32(model.get_output_embeddings())
             for batch in progress(batches):
+                shape[:] = batch["input_ids"].shape
                 _backward(model, head, batch)
     finally:
         for handle in handles:

@@ -105,11 +105,13 @@ def test_reordered_units_have_reordered_scores(data, config):
     np.testing.assert_allclose(score(config, moved), score(config, whole)[order], rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", STRUCTURAL.values(), ids=[config.__name__ for config in STRUCTURAL])
-def test_a_method_ranks_units_or_blocks_and_says_what_it_needs(method):
-    assert (method.scores is None) != (method.blocks is None)
+@pytest.mark.parametrize("config", STRUCTURAL, ids=lambda config: config.__name__)
+def test_a_method_ranks_units_or_blocks_and_says_what_it_needs(config):
+    method = STRUCTURAL[config]
+    assert sum(ranks is not None for ranks in (method.scores, method.eliminate, method.blocks)) == 1
     assert set(method.needs) <= set(NEEDS)
-    assert method.refit in ("weights", "bias", "none")
+    refit = method.refit(config())
+    assert refit is None or refit.kind in ("weights", "admm", "bias")
 
 
 @pytest.mark.parametrize("config", [Magnitude, Wanda, FLAP, Taylor, Random, LayerDrop])

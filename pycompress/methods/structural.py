@@ -18,7 +18,7 @@ PARTS = ("mlp", "attention")
 
 
 @dataclass(frozen=True)
-class StructuralConfig(Config):
+class StructuralConfig(Config, abstract=True):
     """What every method that makes the matrices themselves smaller is told.
 
     `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]. `parts`: of a block, where
