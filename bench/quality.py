@@ -2,8 +2,8 @@
 
 Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
 validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
-that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources they were
-measured with, until they are.
+that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources they
+were measured with, until they are.
 """
 
 from __future__ import annotations
