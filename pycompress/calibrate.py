@@ -97,6 +97,11 @@ class _ReachedError(Exception):
     """What was wanted of the forward pass is there: the rest is not needed."""
 
 
+def float32(value: Any) -> Any:
+    """A floating-point tensor in float32; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def in_float32(module: nn.Module) -> Callable[..., Any]:
     """`module` computing in float32 from its weights as they are, on a CPU, where 16-bit arithmetic is slow and gains
     nothing; the module itself elsewhere. Arguments are cast along; hooks run.
@@ -107,11 +112,8 @@ def in_float32(module: nn.Module) -> Callable[..., Any]:
         return module
     wide = {name: tensor.detach().float() for name, tensor in narrow.items()}
 
-    def cast(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(module, wide, tree_map(cast, args), tree_map(cast, kwargs))
+        return torch.func.functional_call(module, wide, tree_map(float32, args), tree_map(float32, kwargs))
 
     return call
 

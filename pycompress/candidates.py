@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 from pycompress import groups
-from pycompress.calibrate import Batch, Stream, in_float32
+from pycompress.calibrate import Batch, Stream, float32, in_float32
 from pycompress.groups import KEPT_ROTARY, Geometry
 from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
 from pycompress.replace import dense_weight
-from pycompress.resize import resize
+from pycompress.resize import resize, scaled_norm
 from pycompress.search import ATTENTION_STEP, MLP_STEP, Candidate, Group, Space, ranges, shares
 from pycompress.subnet import FIELDS, Kept, Subnet
 
@@ -126,7 +126,7 @@ class Evaluator:
             model.train(training)
         wide = in_float32(modules[0]) is not modules[0]
         self.entry = [hidden.float() if wide else hidden for hidden in stream.hidden]
-        self.arguments = tree_map(_float32, stream.arguments) if wide else stream.arguments
+        self.arguments = tree_map(float32, stream.arguments) if wide else stream.arguments
         self.scored = _scored(batches, positions, seed)
         self.tail = _tail(model)
         self.head = in_float32(model.get_output_embeddings())
@@ -214,11 +214,11 @@ class _Block:
             bias: Tensor | None = None if module.bias is None else module.get_parameter("bias").detach()
             if order is not None and self._is_mlp(role):
                 weight, bias = self._ordered(role, weight, bias, order.to(weight.device))
-            self.linears[role] = (weight.float(), _float32(bias)) if wide else (weight, bias)
+            self.linears[role] = (weight.float(), float32(bias)) if wide else (weight, bias)
         held = {self.architecture.paths[role] for role in self.architecture.roles}
         tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         self.others = {
-            name: _float32(tensor.detach()) if wide else tensor.detach()
+            name: float32(tensor.detach()) if wide else tensor.detach()
             for name, tensor in tensors.items()
             if name.rpartition(".")[0] not in held
         }
@@ -251,7 +251,9 @@ class _Block:
             tensors[f"{self.architecture.attention}.{KEPT_ROTARY}.channels"] = channels.to(device, torch.int32)
         if kept.qk is not None:
             for path in self.architecture.head_norms:
-                tensors[f"{path}.weight"] = self._norm(tensors[f"{path}.weight"], kept.qk[0])
+                whole, channels = tensors[f"{path}.weight"], kept.qk[0]
+                longer = (len(whole) / len(channels)) ** 0.5
+                tensors[f"{path}.weight"] = scaled_norm(self.architecture, whole[channels.to(whole.device)], longer)
         return block, tensors
 
     def _view(self, role: str, kept: Kept) -> tuple[Tensor, Tensor | None]:
@@ -274,22 +276,12 @@ class _Block:
     def _is_mlp(self, role: str) -> bool:
         return role in ("gate", "up", "gate_up", "down")
 
-    def _norm(self, weight: Tensor, channels: Tensor) -> Tensor:
-        """A norm over the kept channels of queries or keys, scaled for the ones it lacks as `shrink` does."""
-        one = 1.0 if self.architecture.norm_kind == "rms_plus_one" else 0.0
-        longer = (len(weight) / len(channels)) ** 0.5
-        return ((weight.double() + one)[channels.to(weight.device)] * longer - one).to(weight.dtype)
-
 
 def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
     if int(index[-1]) - first == count - 1 and bool((index.diff() == 1).all()):
         return tensor.narrow(dim, first, count)
     return tensor.index_select(dim, index.to(tensor.device))
-
-
-def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _keys(subnet: Subnet) -> list[bytes]:

@@ -84,12 +84,12 @@ class Pruning:
         else:
             subnet, self.result = known
         before = self._bytes()
-        dense = None if refit is None or self.batches is None else self._stream()
+        dense = None if refit is None or compensated else self._stream()
         biases = self._compensations(subnet) if compensated else {}
         undo = shrink(self.model, subnet, biases, plain=True if self.config.uniform else None)
         try:
             errors: dict[str, float] = {}
-            if refit is not None and dense is not None and not compensated:
+            if refit is not None and dense is not None:
                 errors = self._refit(subnet, refit, dense)
             return self._rows(subnet, before, errors), undo
         except BaseException:
@@ -98,7 +98,7 @@ class Pruning:
 
     def _refit(self, subnet: Subnet, refit: Refit, dense: Stream) -> dict[str, float]:
         """Refit what reads removed channels, block by block; gives the relative output error of each such linear."""
-        errors = {}
+        errors: dict[str, float] = {}
         pruned = self._stream() if refit.sequential else None
         counts = zip(dense.hidden, dense.masks, strict=True)
         tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
@@ -110,9 +110,10 @@ class Pruning:
                 if found is None:
                     found = self._refit_block(old, new, kept, refit, dense, pruned, tokens)
                     self.saved.save_refit(new, found)
-                for role, (weight, error) in found.items():
-                    assign(self._linear(new, role), weight)
-                    errors[self._name(new, role)] = error
+                else:
+                    for role, (weight, _) in found.items():
+                        assign(self._linear(new, role), weight)
+                errors |= {self._name(new, role): error for role, (_, error) in found.items()}
             if old < len(self.sizes) - 1:
                 dense.advance()
                 if pruned is not None and kept is not None and pruned.position < len(pruned.blocks) - 1:
@@ -132,7 +133,7 @@ class Pruning:
                 error = refit_by_admm(linear, dense, self.paths[role], columns)
             else:
                 pairs = inputs_and_aims(dense, pruned, self.paths[role], columns)
-                error = refit_linear(linear, pairs, tokens, refit.damping)
+                error = refit_linear(linear, pairs, tokens)
             found[role] = (dense_weight(linear), error)
         return found
 
@@ -242,9 +243,7 @@ class Pruning:
 
     def _rank(self) -> list[dict[str, Ranked]]:
         """Every block's parts ranked, from the dense model."""
-        names = [
-            f"{self.architecture.blocks}.{b}.{path}" for b in range(len(self.sizes)) for path in self.paths.values()
-        ]
+        names = [self._name(block, role) for block in range(len(self.sizes)) for role in self.paths]
         saliency: dict[str, tuple[Tensor, Tensor]] = {}
         covariance: dict[str, Tensor] = {}
         if self.batches is not None and {"saliency", "covariance"} & set(self.method.needs):
@@ -374,7 +373,7 @@ class Pruning:
         for size, parts in zip(self.sizes, ranked, strict=True):
             share = {}
             for kind in ("mlp", "attention"):
-                scores = [part.scores for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
+                scores = [part.scores for part in _of_kind(parts, kind)]
                 joined = torch.cat(scores) if scores else torch.zeros(0)
                 share[kind] = max(float((joined >= threshold).double().mean()), 1e-6) if len(joined) else 1.0
             found.append(self._rounded(size, share["mlp"], share["attention"]))
@@ -386,7 +385,7 @@ class Pruning:
         widths: dict[str, dict[int, int]] = {}
         for block, (size, parts) in enumerate(zip(self.sizes, ranked, strict=True)):
             for kind, full in (("mlp", size.mlp), ("attention", size.width)):
-                mine = [part for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
+                mine = _of_kind(parts, kind)
                 choices = sorted({self._rounded(size, c / full, c / full)[kind != "mlp"] for c in range(1, full + 1)})
                 choices = choices if mine else [full]
                 costs = [self._parameters_of(size, kind, width) for width in choices]
@@ -461,6 +460,11 @@ def _order(size: Geometry, found: dict[str, Ranked]) -> Order:
 def _mean(statistics: Statistics) -> Tensor:
     assert statistics.mean is not None
     return statistics.mean
+
+
+def _of_kind(parts: dict[str, Ranked], kind: str) -> list[Ranked]:
+    """The block's parts that are MLP channels (`kind` "mlp"), or those that are channels of heads."""
+    return [part for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
 
 
 def _error_at(part: Ranked, fraction: float) -> float:

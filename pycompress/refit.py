@@ -46,13 +46,11 @@ class Sums:
 
 
 @torch.no_grad()
-def refit_linear(
-    module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], tokens: int, damping: float | None
-) -> float:
+def refit_linear(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> float:
     """Refit a linear of a shrunk block; gives its relative output error `‖Ŵ x - y‖ / ‖y‖` on all tokens.
 
     `pairs`: inputs `[T, K']` and what the dense linear gave for these tokens `[T, N]`, `tokens` in all. The weight is
-    pulled towards what it was, by `damping`, or for None as strongly as serves tokens that are not fitted.
+    pulled towards what it was, as strongly as serves tokens that are not fitted.
     """
     weight = module.get_parameter("weight")
     turned = not isinstance(module, nn.Linear)
@@ -64,9 +62,9 @@ def refit_linear(
         sums = fitted if seen < (1 - HELD_OUT) * tokens else held_out
         sums.add(x, y if bias is None else y - bias.to(y.device))
         seen += len(x)
-    if damping is None:
-        others = (held_out.gram, held_out.cross)
-        damping = held_out_damping(fitted.gram, fitted.cross, *others, start) if held_out.tokens else DAMPING
+    damping = DAMPING
+    if held_out.tokens:
+        damping = held_out_damping(fitted.gram, fitted.cross, held_out.gram, held_out.cross, start)
     both = fitted + held_out
     value = reform(start, both.gram, torch.arange(len(both.gram)), both.cross, damping)
     stored = assign(module, value).double().cpu()

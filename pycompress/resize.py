@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pycompress.groups import KEPT_ROTARY, Architecture, Geometry
 from pycompress.layers import KeptRotary
@@ -62,6 +62,14 @@ def softmax_scale(architecture: Architecture, config: Any, scale: float, width: 
     by_width = architecture.scale_by_width is None or getattr(config, architecture.scale_by_width)
     by_index = architecture.scale_by_index is not None and getattr(config, architecture.scale_by_index)
     return (width**-0.5 if by_width else 1.0) / (float(index + 1) if by_index else 1.0)
+
+
+def scaled_norm(architecture: Architecture, weight: Tensor, factor: float) -> Tensor:
+    """The weight of one of the architecture's norms whose output is `factor` times as large."""
+    if abs(factor - 1) < 1e-12:
+        return weight
+    one = 1.0 if architecture.norm_kind == "rms_plus_one" else 0.0
+    return ((weight.double() + one) * factor - one).to(weight.dtype)
 
 
 def keep_rotary(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -21,7 +21,7 @@ from pycompress.groups import (
     rotary_channels,
 )
 from pycompress.replace import HOOKS
-from pycompress.resize import OwnConfig, keep_rotary, resize
+from pycompress.resize import OwnConfig, keep_rotary, resize, scaled_norm
 from pycompress.subnet import Kept, Subnet
 
 # New weight `[N', K']`, or `[width]` of a norm, and bias `[N']` or None for the one that is there.
@@ -316,7 +316,7 @@ class _Shrinking:
             factor = 1.0 if given is not None else shorter
             factor *= fold if number == 0 else 1.0
             value = value if given is None else given[0].to(weight)
-            norm.register_parameter("weight", _parameter(self._scaled(value, factor), weight))
+            norm.register_parameter("weight", _parameter(scaled_norm(self.architecture, value, factor), weight))
         if fold == 1 or self.architecture.head_norms:
             return
         q = block.get_submodule(self.architecture.paths[size.holder("q")])
@@ -327,13 +327,6 @@ class _Shrinking:
             at = rows.to(value.device)
             scaled = (value.index_select(dim, at).double() * fold).to(value.dtype)
             q.register_parameter(name, _parameter(value.index_copy_(dim, at, scaled), parameter))
-
-    def _scaled(self, value: Tensor, factor: float) -> Tensor:
-        """The weight of a norm whose output is `factor` times as large."""
-        if abs(factor - 1) < 1e-12:
-            return value
-        one = 1.0 if self.architecture.norm_kind == "rms_plus_one" else 0.0
-        return ((value.double() + one) * factor - one).to(value.dtype)
 
     def _commit(self, made: nn.ModuleList, config: Any, plain: bool) -> Callable[[], None]:
         model, path = self.model, self.architecture.blocks

@@ -83,13 +83,11 @@ class Refit:
     """What makes up for removed units, in the linears that read them.
 
     `kind`: "weights" (least squares, `reform.reform`), "admm" (`reform.reform_admm`), "bias" (`reform.compensation`).
-    `sequential`: inputs are those of the pruned blocks before, else the dense model's. `damping`: None chooses it on
-    tokens that are not fitted.
+    `sequential`: inputs are those of the pruned blocks before, else the dense model's.
     """
 
     kind: str = "weights"
     sequential: bool = False
-    damping: float | None = None
 
 
 @dataclass(frozen=True)
