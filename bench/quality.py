@@ -2,6 +2,8 @@
 
 Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
 validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
+of pruned models, whose settings were chosen on these windows, are scored on 8 windows from further on in the text too.
+Rows
 that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources they
 were measured with, until they are.
 """
@@ -23,6 +25,7 @@ import pycompress
 from pycompress import FLAP, RTN, SWSC, LayerDrop, LowRank, Magnitude, Random, SubnetSearch, Taylor, Wanda
 from pycompress.demo.gemma import gemma_folder
 from pycompress.measure import perplexity, token_windows
+from pycompress.methods.structural import StructuralConfig
 from pycompress.recipe import Config
 
 RESULTS = Path(__file__).parent / "results" / "quality-gemma-3-270m.json"
@@ -111,7 +114,7 @@ def sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def measure(config: Config | None, model_folder: Path, texts: tuple[str, str], state: str) -> dict[str, Any]:
+def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, str], state: str) -> dict[str, Any]:
     """One row: compress a fresh model, and score it. What is measured of the dense model is kept for `state`."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
@@ -127,6 +130,8 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str], s
         facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
     seconds = time.perf_counter() - start
     facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)
+    if config is None or isinstance(config, StructuralConfig):
+        facts["perplexity_further_on"] = perplexity(model, tokenizer, texts[2], window=512, max_windows=8)
     measured_with = {"sources": state, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     return facts | {"seconds": seconds} | measured_with
 
@@ -151,7 +156,8 @@ def main(only: list[str]) -> int:
         print("bench/quality.py reads its texts from the folder PYCOMPRESS_DATA; set it", file=sys.stderr)
         return 1
     calibration = (Path(data) / "wikitext2-valid.txt").read_text()[:400_000].replace(" <unk>", " unk")
-    texts = calibration, (Path(data) / "wikitext2-raw-test.txt").read_text()[:200_000]
+    test = (Path(data) / "wikitext2-raw-test.txt").read_text()
+    texts = calibration, test[:200_000], test[200_000:400_000]
     folder = gemma_folder(lambda line: print(line, flush=True))
     state = sources()
     for label, config in ROWS:
