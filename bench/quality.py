@@ -3,9 +3,8 @@
 Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
 validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
 of pruned models, whose settings were chosen on these windows, are scored on 8 windows from further on in the text too.
-Rows
-that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources they
-were measured with, until they are.
+Rows that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources
+they were measured with, until they are. Arguments select rows: a label, or how labels begin.
 """
 
 from __future__ import annotations
@@ -160,8 +159,9 @@ def main(only: list[str]) -> int:
     texts = calibration, test[:200_000], test[200_000:400_000]
     folder = gemma_folder(lambda line: print(line, flush=True))
     state = sources()
+    labels = dict(ROWS)
     for label, config in ROWS:
-        if only and not any(label.startswith(part) for part in only):
+        if only and not any(label == part if part in labels else label.startswith(part) for part in only):
             continue
         row = recorded().get(label)
         if row is None or row["sources"] != state:
