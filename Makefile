@@ -33,7 +33,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m pycompress demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --numprocesses=auto --dist=loadfile
 
 quality: $(INSTALLED) cuda docs
 	$(BIN)/ruff check .
