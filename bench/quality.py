@@ -10,6 +10,7 @@ they were measured with, until they are. Arguments select rows: a label, or how 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -91,25 +92,18 @@ ROWS += (
 )
 
 
-DECIDING = (
-    "api",
-    "allocate",
-    "calibrate",
-    "sensitivity",
-    "formats",
-    "storage",
-    "methods/*",
-    "prune",
-    "reform",
-    "refit",
-    "shrink",
-)
+ALWAYS = ("api", "calibrate", "sensitivity")
+PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
+PRUNING = ("prune", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 
 
-def sources() -> str:
+def sources(config: Config | None) -> str:
     """A hash of the files that decide a row to more than rounding."""
     root = Path(pycompress.__file__).parent
-    files = sorted(file for pattern in DECIDING for file in root.glob(f"{pattern}.py"))
+    shared = () if config is None else PRUNING if isinstance(config, StructuralConfig) else PACKING
+    files = [root / f"{name}.py" for name in sorted(ALWAYS + shared)]
+    if config is not None:
+        files.append(Path(inspect.getfile(type(config))))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -158,12 +152,11 @@ def main(only: list[str]) -> int:
     test = (Path(data) / "wikitext2-raw-test.txt").read_text()
     texts = calibration, test[:200_000], test[200_000:400_000]
     folder = gemma_folder(lambda line: print(line, flush=True))
-    state = sources()
     labels = dict(ROWS)
     for label, config in ROWS:
         if only and not any(label == part if part in labels else label.startswith(part) for part in only):
             continue
-        row = recorded().get(label)
+        row, state = recorded().get(label), sources(config)
         if row is None or row["sources"] != state:
             row = record(label, measure(config, folder, texts, state))
         print(

@@ -1,4 +1,4 @@
-"""Render docs/performance.md and its plots from bench/results: `make performance`.
+"""Render docs/performance.md, docs/quality.md and their plots from bench/results: `make performance`.
 
 The page says nothing that the results and bench/targets.py do not; the same results give the same bytes.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import quality_report
 from targets import COMPARISONS, LIMIT, Comparison
 
 if TYPE_CHECKING:
@@ -243,8 +244,9 @@ def draw(found: list[Machine], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*-*.svg"):
-        old.unlink()
+    for machine in found:
+        for old in folder.glob(f"{machine.stem}-*.svg"):
+            old.unlink()
     # Text as text: small files, and no outlines of whatever font is installed.
     with matplotlib.rc_context({"svg.hashsalt": "pycompress", "svg.fonttype": "none"}):
         for machine in found:
@@ -259,6 +261,7 @@ def main() -> int:
     PAGE.write_text(render(found), encoding="utf-8")
     draw(found, PAGE.parent / "img")
     print(PAGE)
+    quality_report.main()
     return 0
 
 

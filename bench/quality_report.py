@@ -1,0 +1,200 @@
+"""Render docs/quality.md, its plot and README's tables of quality from bench/results: part of `make performance`.
+
+The texts say nothing that the results do not; the same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "quality-gemma-3-270m.json"
+PAGE = ROOT / "docs" / "quality.md"
+PLOT = ROOT / "docs" / "img" / "quality-pruned.svg"
+
+PACKED = {
+    "Q and K, 3 bits a weight": "Q, K at 3 bits: ",
+    "Q and K, 2 bits a weight": "Q, K at 2 bits: ",
+    "every linear of the decoder, 3 bits": "all at 3 bits: ",
+    "every linear of the decoder, keep 0.65": "all, keep 0.65: ",
+    "every linear of the decoder, keep 0.8": "all, keep 0.8: ",
+}
+STORED = {
+    "ours, 16 bits": "ours",
+    "ours, int8": "ours, int8",
+    "ours, int4": "ours, int4",
+    "RTN": "RTN",
+    "published SWSC": "published SWSC",
+    "ours on weights alone": "weights only",
+}
+METHODS = {
+    "SubnetSearch": "ours",
+    "… and evolution": "ours, searched",
+    "… not refitted": "ours, not refitted",
+    "… the same share of every block": "ours, uniform",
+    "… the paper's scores, uniform, refitted": "the paper's scores",
+    "FLAP": "FLAP",
+    "Wanda": "Wanda",
+    "Taylor": "Taylor",
+    "LayerDrop by influence": "layers by influence",
+    "LayerDrop, the last": "last layers",
+    "Magnitude": "magnitude",
+    "Random": "random",
+}
+# OptiPFair 0.4, MLP width, 32 calibration windows, by the same protocol on another day; not run by `command`.
+OPTIPFAIR = {0.93: 29.35, 0.86: 35.71, 0.79: 43.97, 0.65: 75.92}
+
+INTRODUCTION = """# Quality
+
+`PYCOMPRESS_DATA=folder {command}` measures these rows and records them in `bench/results/{file}`;
+`make performance` renders this page from them. Gemma-3-270M, WikiText-2 raw test, the first 8 windows of 512 tokens,
+each after a BOS; weights in bf16, cross-entropy in float32. Calibration: 64 such windows of the validation text. The
+dense model's perplexity is {dense}.
+
+## Equal bytes
+
+`keep` is kept bytes over original bytes of the targets. RTN has one scale and zero a row and keeps up to 2% more bytes
+than its row says.
+
+"""
+PRUNED = """
+## Smaller matrices
+
+Kept parameters of the decoder blocks' linears are at most what the column says, and less where whole layers go: the
+table after the plot says how much.
+
+"""
+FURTHER = """
+Settings of `SubnetSearch` were chosen by these windows. On 8 windows from further on in the text, which nothing was
+chosen on (dense {dense}):
+
+"""
+PEER = """
+At the kept ratios of OptiPFair 0.4 (MLP width, 32 calibration windows; its figures were taken by the same protocol, not
+by this command):
+
+"""
+
+Rows = dict[str, dict[str, Any]]
+
+
+def number(value: float | None) -> str:
+    """A perplexity as a reader wants it: two decimals up to a thousand, no more than its size beyond a million."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1e3 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def table(head: list[str], lines: dict[str, list[float | None]], best_of: str | None) -> str:
+    """A Markdown table; the best of each "column", or of each "line", in bold."""
+    written = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    columns = list(zip(*lines.values(), strict=True))
+    for name, values in lines.items():
+        cells = []
+        for place, value in enumerate(values):
+            rivals = {"column": columns[place], "line": values, None: ()}[best_of]
+            best = value is not None and value == min((r for r in rivals if r is not None), default=None)
+            cells.append(f"**{number(value)}**" if best else number(value))
+        written.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(written) + "\n"
+
+
+def packed(rows: Rows) -> str:
+    lines = {what: [_of(rows, begin + end) for end in STORED.values()] for what, begin in PACKED.items()}
+    kept = {what: values for what, values in lines.items() if any(value is not None for value in values)}
+    return table(["what is compressed", *STORED], kept, "line")
+
+
+def pruned(rows: Rows, what: str = "perplexity", methods: dict[str, str] = METHODS) -> str:
+    keeps = pruned_keeps(rows)
+    lines = {name: [_of(rows, f"pruned to {keep}: {end}", what) for keep in keeps] for name, end in methods.items()}
+    kept = {name: values for name, values in lines.items() if any(value is not None for value in values)}
+    return table(["method", *(f"keep {keep}" for keep in keeps)], kept, None if what == "keep_decoder" else "column")
+
+
+def pruned_keeps(rows: Rows) -> list[float]:
+    """The ratios at which pruned models are compared, the largest first."""
+    found = {float(label.split()[2][:-1]) for label in rows if label.startswith("pruned to ")}
+    return sorted(found - set(OPTIPFAIR), reverse=True)
+
+
+def against_peer(rows: Rows) -> str:
+    ours = [_of(rows, f"pruned to {keep}: ours") for keep in OPTIPFAIR]
+    lines: dict[str, list[float | None]] = {"SubnetSearch": ours, "OptiPFair": list(OPTIPFAIR.values())}
+    return table(["method", *(f"keep {keep}" for keep in OPTIPFAIR)], lines, "column")
+
+
+def _of(rows: Rows, label: str, what: str = "perplexity") -> float | None:
+    value: float | None = rows.get(label, {}).get(what)
+    return value
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page."""
+    rows = content["rows"]
+    dense = rows["dense"]
+    begin = INTRODUCTION.format(command=content["command"], file=RESULTS.name, dense=number(dense["perplexity"]))
+    parts = [begin, packed(rows)]
+    if pruned_keeps(rows):
+        parts += [PRUNED, pruned(rows), f"\n![Perplexity over kept parameters](img/{PLOT.name})\n\n"]
+        parts += ["Kept parameters:\n\n", pruned(rows, "keep_decoder")]
+        parts += [FURTHER.format(dense=number(dense.get("perplexity_further_on")))]
+        parts += [pruned(rows, "perplexity_further_on"), PEER, against_peer(rows)]
+    return "".join(parts)
+
+
+def draw(rows: Rows) -> Callable[[Figure], None]:
+    """Perplexity over true kept parameters, a line a method."""
+
+    def plot(figure: Figure) -> None:
+        figure.set_size_inches(8, 5)
+        axis = figure.subplots()
+        for place, (name, end) in enumerate(METHODS.items()):
+            found = [rows[label] for keep in pruned_keeps(rows) if (label := f"pruned to {keep}: {end}") in rows]
+            style = "-o" if end.startswith("ours") or "paper" in end else "--s"
+            points = [(row["keep_decoder"], row["perplexity"]) for row in found]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=f"C{place % 10}", label=name, markersize=4)
+        peer = [(keep, value) for keep, value in OPTIPFAIR.items() if f"pruned to {keep}: ours" in rows]
+        if peer:
+            axis.plot(*zip(*peer, strict=True), ":^", color="0.4", label="OptiPFair 0.4", markersize=5)
+        axis.axhline(rows["dense"]["perplexity"], color="0.7", linewidth=1)
+        axis.set(xlabel="kept parameters of the decoder blocks", ylabel="perplexity", yscale="log", ylim=(20, 2e3))
+        axis.legend(fontsize="small", frameon=False)
+
+    return plot
+
+
+def put(text: str, mark: str, block: str) -> str:
+    """`text` with what stands between the comments of `mark` replaced."""
+    found = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    if not found.search(text):
+        raise ValueError(f"there is no <!-- {mark} --> … <!-- /{mark} --> to write to")
+    return found.sub(lambda match: match[1] + block + match[2], text)
+
+
+def main() -> None:
+    """Write the page, the plot, and README's blocks `quality` and `pruned`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    PAGE.write_text(render(content), encoding="utf-8")
+    readme = ROOT / "README.md"
+    text = put(readme.read_text(encoding="utf-8"), "quality", packed(rows))
+    if pruned_keeps(rows):
+        text = put(text, "pruned", pruned(rows))
+        figure = Figure(layout="constrained")
+        with matplotlib.rc_context({"svg.hashsalt": "pycompress", "svg.fonttype": "none"}):
+            draw(rows)(figure)
+            figure.savefig(PLOT, metadata={"Date": None, "Creator": None})
+    readme.write_text(text, encoding="utf-8")
+    print(PAGE)
