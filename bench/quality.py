@@ -94,7 +94,7 @@ ROWS += (
 
 ALWAYS = ("api", "calibrate", "sensitivity")
 PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
-PRUNING = ("prune", "reform", "refit", "shrink", "methods/structural", "methods/importance")
+PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 
 
 def sources(config: Config | None) -> str:

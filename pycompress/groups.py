@@ -214,6 +214,10 @@ class Geometry:
             raise ValueError(f"the width of heads is rounded to an even number, got round_to={step}")
         return _rounded(self.width, fraction, step)
 
+    def kv_head_count(self, fraction: float) -> int:
+        """Key-value heads to keep for about `fraction` of them."""
+        return _rounded(self.kv_heads, fraction, 1)
+
     def rotated(self, width: int) -> int:
         """How many of `width` kept channels of a head should rotate: as large a part as of all; pairs, at least one."""
         if not self.rotary:

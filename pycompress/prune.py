@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pycompress.allocate import spread
 from pycompress.calibrate import Batch, Stream, block_influence, first_tokens
 from pycompress.candidates import Encoding, Order
 from pycompress.checkpoint import Stage
 from pycompress.evolve import Reformed, evolve, narrowed
 from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
-from pycompress.methods.registry import Curve, Statistics
+from pycompress.methods.registry import Statistics
 from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Search, Structural, StructuralConfig
 from pycompress.refit import assign, inputs_and_aims, refit_by_admm, refit_linear
 from pycompress.reform import compensation
@@ -26,30 +25,13 @@ from pycompress.search import Result
 from pycompress.sensitivity import loss_covariance, weight_saliency
 from pycompress.shrink import shrink
 from pycompress.subnet import Kept, Subnet
+from pycompress.widths import Budget, Parts, Ranked
 
 SENSITIVITY_TOKENS = 4096
 # Of refits while searching; the refit of the winner chooses its own.
 REFORM_DAMPING = 1e-3
-MLP_ROLES = ("gate", "up", "down")
 
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """How much each unit of one part of a block matters.
-
-    `order [U]` int64: the units, the first to remove first; `scores [U]`: of the units in that order, rising; `error
-    [U + 1]`: the loss's rise when the first 0, 1, … are removed, None where the method does not know it.
-    """
-
-    order: Tensor
-    scores: Tensor
-    error: Tensor | None = None
-
-    def kept(self, count: int) -> Tensor:
-        """The `count` units that stay longest, ascending."""
-        return self.order[len(self.order) - count :].sort().values
 
 
 @dataclass
@@ -70,6 +52,7 @@ class Pruning:
         self.architecture = architecture_of(self.model)
         self.sizes = [geometry(self.model, block) for block in range(len(blocks(self.model)))]
         self.paths = self.architecture.paths
+        self.budget = Budget(self.sizes, self.config.keep, self.config.parts, self.config.round_to)
         self.means: dict[tuple[int, str], Tensor] = {}
         self.grams: list[Tensor] = []
         self.result: Result | None = None
@@ -158,27 +141,17 @@ class Pruning:
         if self.method.blocks is not None:
             return self._whole_blocks()
         ranked = self._known_ranking() or self._rank()
-        widths = self._widths(ranked)
+        left = self._sizes(ranked)
         if self.search is not None:
-            return self._evolved(self.search, ranked, widths)
-        kept = []
-        for block, size in enumerate(self.sizes):
-            mlp, head = widths[block]
-            found = ranked[block]
-            kept.append(
-                Kept(
-                    mlp=None if mlp == size.mlp else found["mlp"].kept(mlp),
-                    **({} if head == size.width else _head_channels(size, found, head)),
-                )
-            )
-        return Subnet(tuple(kept))
+            return self._evolved(self.search, ranked, left)
+        return Subnet(tuple(map(_kept, self.sizes, left, ranked)))
 
-    def _evolved(self, search: Search, ranked: list[dict[str, Ranked]], widths: list[tuple[int, int]]) -> Subnet:
-        """The best subnet of a search that starts from these widths."""
+    def _evolved(self, search: Search, ranked: list[Parts], left: list[Geometry]) -> Subnet:
+        """The best subnet of a search that starts from these sizes."""
         assert self.batches is not None
         orders = [_order(size, found) for size, found in zip(self.sizes, ranked, strict=True)]
-        space = Encoding(self.model, orders).space(self.config.keep, round_to=self._steps(), depth=search.depth)
-        shares = [(head / size.width, mlp / size.mlp) for size, (mlp, head) in zip(self.sizes, widths, strict=True)]
+        space = Encoding(self.model, orders).space(self.config.keep, round_to=self.budget.steps, depth=search.depth)
+        shares = [(new.width / old.width, new.mlp / old.mlp) for old, new in zip(self.sizes, left, strict=True)]
         downs = [self._linear(block, "down") for block in range(len(self.sizes))]
         biases = [None if down.bias is None else down.bias.detach().float() for down in downs]
         provider = None
@@ -214,14 +187,14 @@ class Pruning:
             gone.add(block)
         return Subnet(tuple(None if block in gone else Kept() for block in range(len(self.sizes))))
 
-    def _known_ranking(self) -> list[dict[str, Ranked]] | None:
+    def _known_ranking(self) -> list[Parts] | None:
         """What an earlier run has ranked, unless that left out what this one needs beside it."""
         if self.search is not None or (self.refit is not None and self.refit.kind == "bias"):
             return None
         found = self.saved.load_ranking(self._ranking)
         if found is None:
             return None
-        ranked: list[dict[str, Ranked]] = [{} for _ in self.sizes]
+        ranked: list[Parts] = [{} for _ in self.sizes]
         for name in {key.rpartition(" ")[0] for key in found}:
             block, part = name.split(" ")
             ranked[int(block)][part] = Ranked(
@@ -229,7 +202,7 @@ class Pruning:
             )
         return ranked
 
-    def _save_ranking(self, ranked: list[dict[str, Ranked]]) -> None:
+    def _save_ranking(self, ranked: list[Parts]) -> None:
         tensors: dict[str, Tensor] = {}
         for block, parts in enumerate(ranked):
             for part, found in parts.items():
@@ -241,7 +214,7 @@ class Pruning:
     def _ranking(self) -> str:
         return repr((self.config.name, self.config.parts, self.method.ranking(self.config)))
 
-    def _rank(self) -> list[dict[str, Ranked]]:
+    def _rank(self) -> list[Parts]:
         """Every block's parts ranked, from the dense model."""
         names = [self._name(block, role) for block in range(len(self.sizes)) for role in self.paths]
         saliency: dict[str, tuple[Tensor, Tensor]] = {}
@@ -274,7 +247,7 @@ class Pruning:
         return found
 
     def _groups(self, block: int, member: Callable[[str, Tensor], Member]) -> dict[str, Group]:
-        """The block's parts by name: `mlp`, and of the heads `attention`, or `rotated` and `passed`."""
+        """The block's parts by name: `mlp`; of the heads `kv_heads`, or `attention`, or `rotated` and `passed`."""
         size = self.sizes[block]
         roles = size.part_roles
         found = {}
@@ -322,97 +295,13 @@ class Pruning:
         order = scores.argsort(stable=True)
         return Ranked(order, scores[order])
 
-    def _widths(self, ranked: list[dict[str, Ranked]]) -> list[tuple[int, int]]:
-        """MLP channels and head width of each block, at most `config.keep` of the parameters in all."""
+    def _sizes(self, ranked: list[Parts]) -> list[Geometry]:
+        """Of each block what is left, at most `config.keep` of the parameters in all."""
         if self.method.by_error(self.config) and not self.config.uniform:
-            return self._by_error(ranked)
+            return self.budget.by_error(ranked)
         if self.method.compared(self.config) and not self.config.uniform:
-            values = torch.cat([part.scores for found in ranked for part in found.values()]).sort().values
-            return self._largest(lambda step: self._above(ranked, float(values[-1 - step])), len(values) - 1)
-        return self._largest(lambda step: [self._share(size, (step + 1) / 4096) for size in self.sizes], 4095)
-
-    def _largest(self, widths_at: Callable[[int], list[tuple[int, int]]], steps: int) -> list[tuple[int, int]]:
-        """The widths of the last step that fits the budget; widths grow with the step."""
-        budget = self.config.keep * sum(size.parameters(Kept()) for size in self.sizes)
-        low, high = -1, steps
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._parameters(widths_at(middle)) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        if low < 0:
-            raise self._too_small(self._parameters(widths_at(0)))
-        return widths_at(low)
-
-    def _too_small(self, least: int) -> ValueError:
-        part = least / sum(size.parameters(Kept()) for size in self.sizes)
-        return ValueError(
-            f"{self.config.name}(parts={self.config.parts}) keeps at least {part:.3f} of the blocks' parameters, "
-            f"got keep={self.config.keep}; raise keep, prune more parts, or lower round_to"
-        )
-
-    def _share(self, size: Geometry, fraction: float) -> tuple[int, int]:
-        return self._rounded(size, fraction if "mlp" in self.config.parts else 1.0, self._heads_too(fraction))
-
-    def _heads_too(self, fraction: float) -> float:
-        return fraction if "attention" in self.config.parts else 1.0
-
-    def _rounded(self, size: Geometry, mlp: float, head: float) -> tuple[int, int]:
-        head_step, step = self._steps() or (None, None)
-        return size.mlp_width(mlp, step), size.head_width(head, head_step)
-
-    def _steps(self) -> tuple[int, int] | None:
-        """What widths of heads and of MLPs are multiples of, None for what fits each block."""
-        step = self.config.round_to
-        return None if step is None else (min(step + step % 2, 8), step)
-
-    def _above(self, ranked: list[dict[str, Ranked]], threshold: float) -> list[tuple[int, int]]:
-        """Widths when every unit whose score is at least the threshold stays, and at least one."""
-        found = []
-        for size, parts in zip(self.sizes, ranked, strict=True):
-            share = {}
-            for kind in ("mlp", "attention"):
-                scores = [part.scores for part in _of_kind(parts, kind)]
-                joined = torch.cat(scores) if scores else torch.zeros(0)
-                share[kind] = max(float((joined >= threshold).double().mean()), 1e-6) if len(joined) else 1.0
-            found.append(self._rounded(size, share["mlp"], share["attention"]))
-        return found
-
-    def _by_error(self, ranked: list[dict[str, Ranked]]) -> list[tuple[int, int]]:
-        """One budget over all parts, each unit's parameters spent where they save most of the loss."""
-        curves: dict[str, Curve] = {}
-        widths: dict[str, dict[int, int]] = {}
-        for block, (size, parts) in enumerate(zip(self.sizes, ranked, strict=True)):
-            for kind, full in (("mlp", size.mlp), ("attention", size.width)):
-                mine = _of_kind(parts, kind)
-                choices = sorted({self._rounded(size, c / full, c / full)[kind != "mlp"] for c in range(1, full + 1)})
-                choices = choices if mine else [full]
-                costs = [self._parameters_of(size, kind, width) for width in choices]
-                errors = [sum(_error_at(part, width / full) for part in mine) for width in choices]
-                name = f"{block} {kind}"
-                widths[name] = dict(zip(costs, choices, strict=True))
-                nbytes, error = torch.tensor(costs), torch.tensor(errors, dtype=torch.float64)
-                curves[name] = Curve(nbytes, error, 1.0, torch.arange(len(choices)))
-        total = sum(size.parameters(Kept()) for size in self.sizes)
-        least = sum(int(curve.nbytes.min()) for curve in curves.values())
-        if least > self.config.keep * total:
-            raise self._too_small(least)
-        given = spread(curves, dict.fromkeys(curves, 1.0), int(self.config.keep * total))
-        return [
-            (widths[f"{b} mlp"][given[f"{b} mlp"]], widths[f"{b} attention"][given[f"{b} attention"]])
-            for b in range(len(self.sizes))
-        ]
-
-    def _parameters_of(self, size: Geometry, kind: str, width: int) -> int:
-        narrowed = replace(size, mlp=width) if kind == "mlp" else replace(size, width=width)
-        shapes = narrowed.shapes(Kept())
-        mlp = {size.holder(role) for role in MLP_ROLES if role in size.part_roles}
-        return sum(n * k for role, (n, k) in shapes.items() if (role in mlp) == (kind == "mlp"))
-
-    def _parameters(self, widths: Sequence[tuple[int, int]]) -> int:
-        pairs = zip(self.sizes, widths, strict=True)
-        return sum(replace(size, mlp=mlp, width=head).parameters(Kept()) for size, (mlp, head) in pairs)
+            return self.budget.by_score(ranked)
+        return self.budget.by_share()
 
     def _stream(self) -> Stream:
         assert self.batches is not None
@@ -445,7 +334,7 @@ class Pruning:
         return rows
 
 
-def _order(size: Geometry, found: dict[str, Ranked]) -> Order:
+def _order(size: Geometry, found: Parts) -> Order:
     """The block's units, the most important first."""
     mlp = found["mlp"].order.flip(0) if "mlp" in found else None
     if "mlp" in found and len(found) == 1:
@@ -462,16 +351,6 @@ def _mean(statistics: Statistics) -> Tensor:
     return statistics.mean
 
 
-def _of_kind(parts: dict[str, Ranked], kind: str) -> list[Ranked]:
-    """The block's parts that are MLP channels (`kind` "mlp"), or those that are channels of heads."""
-    return [part for name, part in parts.items() if (name == "mlp") == (kind == "mlp")]
-
-
-def _error_at(part: Ranked, fraction: float) -> float:
-    assert part.error is not None
-    return float(part.error[len(part.order) - max(1, round(len(part.order) * fraction))])
-
-
 def _head_units(size: Geometry) -> dict[str, Tensor]:
     """Channels of a head that go together, `[U, C]`: all of one kind, or rotary pairs and the channels beside them."""
     if not size.rotary or size.rotary == size.width:
@@ -479,12 +358,16 @@ def _head_units(size: Geometry) -> dict[str, Tensor]:
     return {"rotated": size.qk_units, "passed": size.passed[:, None]}
 
 
-def _head_channels(size: Geometry, found: dict[str, Ranked], width: int) -> dict[str, Tensor]:
-    """`qk [1, width]` and `vo [kv_heads, width]`: the channels of the units that matter most."""
-    rotated = size.rotated(width)
-    counts = {"attention": width, "rotated": rotated, "passed": width - rotated}
+def _kept(size: Geometry, left: Geometry, found: Parts) -> Kept:
+    """The units of a block that matter most, as many as are `left`."""
+    mlp = None if left.mlp == size.mlp else found["mlp"].kept(left.mlp)
+    if left.kv_heads < size.kv_heads:
+        return Kept(mlp=mlp, kv_heads=found["kv_heads"].kept(left.kv_heads))
+    if left.width == size.width:
+        return Kept(mlp=mlp)
+    counts = {"attention": left.width, "rotated": left.rotary, "passed": left.width - left.rotary}
     kept = [
         units[found[name].kept(counts[name] // units.shape[1])].flatten() for name, units in _head_units(size).items()
     ]
     channels = torch.cat(kept).sort().values
-    return {"qk": channels[None], "vo": channels.expand(size.kv_heads, -1)}
+    return Kept(mlp=mlp, qk=channels[None], vo=channels.expand(size.kv_heads, -1))

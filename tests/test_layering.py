@@ -37,6 +37,7 @@ TIERS = (
         "report",
         "resize",
         "shrink",
+        "widths",
     },
     {"api"},
     {"recover", "trajectory", "laws", "sweep", "demo"},
