@@ -153,6 +153,19 @@ class Stream:
             masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
         return cls(blocks, hidden, arguments, masks)
 
+    def split(self, share: float) -> tuple[Stream, Stream]:
+        """The batches that begin in the first `share` of the tokens, and the others: two streams, each on its own."""
+        counts = [
+            hidden[..., 0].numel() if mask is None else int(mask.sum())
+            for hidden, mask in zip(self.hidden, self.masks, strict=True)
+        ]
+        first = sum(sum(counts[:index]) < share * sum(counts) for index in range(len(counts)))
+        begin, end = (
+            Stream(self.blocks, self.hidden[part], self.arguments[part], self.masks[part], self.position)
+            for part in (slice(first), slice(first, None))
+        )
+        return begin, end
+
     @property
     def block(self) -> nn.Module:
         return self.blocks[self.position]

@@ -147,7 +147,8 @@ class Checkpoint:
 class Stage:
     """Progress of one structural config: the subnet it chose, and the linears it has refitted.
 
-    Configs that differ in size alone share their ranking; `before` stands for the configs that ran earlier.
+    Configs that differ in size alone share their ranking and what refits take from the dense model; `before` stands for
+    the configs that ran earlier.
     """
 
     checkpoint: Checkpoint
@@ -165,6 +166,21 @@ class Stage:
     def load_ranking(self, of: str) -> dict[str, Tensor] | None:
         found = self.checkpoint.load(f"ranking-{_digest(of + self.before)}")
         return None if found is None else found[0]
+
+    def save_moments(self, block: int, moments: dict[str, list[Tensor]]) -> None:
+        """Sums over what the dense block's linears read, by role."""
+        tensors = {f"{role} {number}": part for role, parts in moments.items() for number, part in enumerate(parts)}
+        stem = self._moments(block, list(moments))
+        self.checkpoint.save(stem, tensors, {"parts": {role: len(parts) for role, parts in moments.items()}})
+
+    def load_moments(self, block: int, roles: list[str]) -> dict[str, list[Tensor]] | None:
+        found = self.checkpoint.load(self._moments(block, roles))
+        if found is None:
+            return None
+        return {role: [found[0][f"{role} {n}"] for n in range(count)] for role, count in found[1]["parts"].items()}
+
+    def _moments(self, block: int, roles: list[str]) -> str:
+        return f"moments-{_digest(self.before + repr(roles))}-{block:04d}"
 
     def save_subnet(self, subnet: Subnet, result: Result | None) -> None:
         """What was chosen, and the search that found it, if there was one."""

@@ -17,7 +17,7 @@ from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Statistics
 from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Search, Structural, StructuralConfig
-from pycompress.refit import assign, inputs_and_aims, refit_by_admm, refit_linear
+from pycompress.refit import Readers, assign, inputs_and_aims, refit_linear, refit_reader
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
 from pycompress.report import Row
@@ -31,6 +31,10 @@ SENSITIVITY_TOKENS = 4096
 # Of refits while searching; the refit of the winner chooses its own.
 REFORM_DAMPING = 1e-3
 
+# Linears that read a block's channels; the others write them.
+READERS = ("o", "down")
+# A reader's weight `[N, K']` as it is stored, and its relative output error.
+Refitted = tuple[Tensor, float]
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -82,43 +86,61 @@ class Pruning:
     def _refit(self, subnet: Subnet, refit: Refit, dense: Stream) -> dict[str, float]:
         """Refit what reads removed channels, block by block; gives the relative output error of each such linear."""
         errors: dict[str, float] = {}
-        pruned = self._stream() if refit.sequential else None
-        counts = zip(dense.hidden, dense.masks, strict=True)
-        tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
-        for old in self.bar(range(len(self.sizes)), "refitting"):
-            kept = subnet.blocks[old]
-            if kept is not None:
-                new = subnet.kept_blocks.index(old)
-                found = self.saved.load_refit(new)
-                if found is None:
-                    found = self._refit_block(old, new, kept, refit, dense, pruned, tokens)
-                    self.saved.save_refit(new, found)
-                else:
-                    for role, (weight, _) in found.items():
-                        assign(self._linear(new, role), weight)
-                errors |= {self._name(new, role): error for role, (_, error) in found.items()}
-            if old < len(self.sizes) - 1:
-                dense.advance()
-                if pruned is not None and kept is not None and pruned.position < len(pruned.blocks) - 1:
-                    pruned.advance()
+        at = self._sequential(dense) if refit.sequential else self._on_dense_inputs(subnet, dense, refit)
+        for old in self.bar(subnet.kept_blocks, "refitting"):
+            new = subnet.kept_blocks.index(old)
+            found = self.saved.load_refit(new)
+            if found is None:
+                kept = subnet.blocks[old]
+                assert kept is not None
+                found = at(old, new, kept)
+                self.saved.save_refit(new, found)
+            else:
+                for role, (weight, _) in found.items():
+                    assign(self._linear(new, role), weight)
+            errors |= {self._name(new, role): error for role, (_, error) in found.items()}
         return errors
 
-    def _refit_block(
-        self, old: int, new: int, kept: Kept, refit: Refit, dense: Stream, pruned: Stream | None, tokens: int
-    ) -> dict[str, tuple[Tensor, float]]:
-        found = {}
-        for role in ("o", "down"):
-            columns = self.sizes[old].columns(role, kept)
-            if pruned is None and len(columns) == dense_weight(dense.block.get_submodule(self.paths[role])).shape[1]:
-                continue
-            linear = self._linear(new, role)
-            if refit.kind == "admm":
-                error = refit_by_admm(linear, dense, self.paths[role], columns)
-            else:
-                pairs = inputs_and_aims(dense, pruned, self.paths[role], columns)
-                error = refit_linear(linear, pairs, tokens)
-            found[role] = (dense_weight(linear), error)
-        return found
+    def _on_dense_inputs(
+        self, subnet: Subnet, dense: Stream, refit: Refit
+    ) -> Callable[[int, int, Kept], dict[str, Refitted]]:
+        """What refits a block's narrowed readers from the moments of their inputs in the dense model."""
+        pairs = [(size, kept) for size, kept in zip(self.sizes, subnet.blocks, strict=True) if kept is not None]
+        full = {role: [len(size.columns(role, Kept())) for size, _ in pairs] for role in READERS}
+        left = {role: [len(size.columns(role, kept)) for size, kept in pairs] for role in READERS}
+        readers = Readers(dense, {role: self.paths[role] for role in READERS if left[role] != full[role]}, self.saved)
+
+        def at(old: int, new: int, kept: Kept) -> dict[str, Refitted]:
+            found = {}
+            for role, moments in readers.at(old).items():
+                whole = dense_weight(dense.blocks[old].get_submodule(self.paths[role]))
+                columns = self.sizes[old].columns(role, kept)
+                if len(columns) < whole.shape[1]:
+                    linear = self._linear(new, role)
+                    error = refit_reader(linear, whole, moments, columns, admm=refit.kind == "admm")
+                    found[role] = (dense_weight(linear), error)
+            return found
+
+        return at
+
+    def _sequential(self, dense: Stream) -> Callable[[int, int, Kept], dict[str, Refitted]]:
+        """What refits a block's readers on what the pruned blocks before it give."""
+        pruned = self._stream()
+        counts = zip(dense.hidden, dense.masks, strict=True)
+        tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
+
+        def at(old: int, new: int, kept: Kept) -> dict[str, Refitted]:
+            for stream, position in ((dense, old), (pruned, new)):
+                while stream.position < position:
+                    stream.advance()
+            found = {}
+            for role in READERS:
+                linear = self._linear(new, role)
+                error = refit_linear(linear, inputs_and_aims(dense, pruned, self.paths[role]), tokens)
+                found[role] = (dense_weight(linear), error)
+            return found
+
+        return at
 
     def _compensations(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Weights and biases of the linears that lose columns, the bias standing for the mean of what is gone."""
@@ -126,7 +148,7 @@ class Pruning:
         for block in subnet.kept_blocks:
             kept, size = subnet.blocks[block], self.sizes[block]
             assert kept is not None
-            for role in ("o", "down"):
+            for role in READERS:
                 columns = size.columns(role, kept)
                 linear = self._linear(block, role)
                 weight = dense_weight(linear)
@@ -226,7 +248,7 @@ class Pruning:
                 weights = {name: dense_weight(self.model.get_submodule(name)) for name in names}
                 saliency = weight_saliency(self.model, blocks(self.model), sample, weights, progress)
             else:
-                readers = [self._name(b, role) for b in range(len(self.sizes)) for role in ("o", "down")]
+                readers = [self._name(b, role) for b in range(len(self.sizes)) for role in READERS]
                 covariance = loss_covariance(self.model, blocks(self.model), sample, readers, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
@@ -240,7 +262,7 @@ class Pruning:
                     statistics |= dict.fromkeys(stage.roles, measured[stage.roles[0]])
                 if self.search is not None and self.search.refitted:
                     self.grams.append(statistics["down"].gram)
-                self.means |= {(block, role): _mean(statistics[role]) for role in ("o", "down")}
+                self.means |= {(block, role): _mean(statistics[role]) for role in READERS}
             member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
             found.append({part: self._ranked(groups) for part, groups in self._groups(block, member).items()})
         self._save_ranking(found)
@@ -274,7 +296,7 @@ class Pruning:
         name = self._name(block, holder)
         weight = dense_weight(self.model.get_submodule(name)).float()
         inputs = statistics.get(holder)
-        reads = role in ("o", "down")
+        reads = role in READERS
         return Member(
             weight,
             units.to(weight.device),

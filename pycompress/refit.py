@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.calibrate import Stream
+from pycompress.checkpoint import Stage
 from pycompress.reform import held_out_damping, reform, reform_admm
-from pycompress.replace import dense_weight
 
 # The share of the calibration tokens on which the damping is chosen.
 HELD_OUT = 0.25
@@ -72,15 +72,68 @@ def refit_linear(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], toke
     return (max(left, 0.0) / both.energy) ** 0.5 if both.energy else 0.0
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums of x xᵀ `[K, K]` float32 over what a dense linear reads, of the tokens to fit and of those held out; None
+    where there were too few to hold some out.
+    """
+
+    fitted: Tensor
+    held_out: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        return self.fitted if self.held_out is None else self.fitted + self.held_out
+
+
+class Readers:
+    """Moments of what readers of a block read in the dense model, block after block.
+
+    `dense` stands before the first block; `paths`: of the readers, by role. What `saved` has is not measured again.
+    """
+
+    def __init__(self, dense: Stream, paths: dict[str, str], saved: Stage) -> None:
+        self.parts = [part for part in dense.split(1 - HELD_OUT) if part.hidden]
+        self.paths = paths
+        self.saved = saved
+
+    def at(self, block: int) -> dict[str, Moments]:
+        """By role; blocks are asked for in order."""
+        found = self.saved.load_moments(block, list(self.paths))
+        if found is None:
+            found = {role: [] for role in self.paths}
+            for part in self.parts:
+                while part.position < block:
+                    part.advance()
+                modules = {role: part.block.get_submodule(path) for role, path in self.paths.items()}
+                measured = part.statistics(modules, advance=block < len(part.blocks) - 1)
+                for role, statistics in measured.items():
+                    found[role].append(statistics.gram * statistics.tokens)
+            self.saved.save_moments(block, found)
+        return {role: Moments(sums[0], sums[1] if len(sums) > 1 else None) for role, sums in found.items()}
+
+
 @torch.no_grad()
-def refit_by_admm(module: nn.Module, dense: Stream, path: str, columns: Tensor) -> float:
-    """The same by the published iteration, on the dense inputs; `columns [K']` of the dense linear at `path` stay."""
-    whole = dense_weight(dense.block.get_submodule(path)).double().cpu()
-    gram = dense.statistics({path: dense.block.get_submodule(path)})[path].gram.double().cpu()
-    value = reform_admm(whole, gram, columns)
+def refit_reader(module: nn.Module, whole: Tensor, moments: Moments, columns: Tensor, admm: bool = False) -> float:
+    """Refit a linear that keeps `columns [K']` of the dense weight `whole [N, K]`; gives the relative output error.
+
+    `moments`: of the dense inputs. `admm` takes the published iteration; else the weight is pulled towards what it was
+    as strongly as serves tokens that are not fitted.
+    """
+    whole, total, columns = whole.double().cpu(), moments.total.double().cpu(), columns.cpu()
+    if admm:
+        value = reform_admm(whole, total, columns)
+    else:
+        damping = DAMPING
+        if moments.held_out is not None:
+            fitted, held_out = (gram.double().cpu()[:, columns] for gram in (moments.fitted, moments.held_out))
+            grams = (fitted[columns], whole @ fitted, held_out[columns], whole @ held_out)
+            damping = held_out_damping(*grams, whole[:, columns])
+        value = reform(whole, total, columns, damping=damping)
     left = whole.clone()
     left[:, columns] -= assign(module, value).double().cpu()
-    return float(((left @ gram * left).sum() / (whole @ gram * whole).sum()).clamp(min=0)) ** 0.5
+    energy = float((whole @ total * whole).sum())
+    return (max(float((left @ total * left).sum()), 0.0) / energy) ** 0.5 if energy else 0.0
 
 
 def assign(module: nn.Module, value: Tensor) -> Tensor:
@@ -94,16 +147,7 @@ def assign(module: nn.Module, value: Tensor) -> Tensor:
     return stored if isinstance(module, nn.Linear) else stored.T
 
 
-def inputs_and_aims(
-    dense: Stream, pruned: Stream | None, path: str, columns: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the linear at `path` of the current blocks reads, and what the dense one gives for the same tokens.
-
-    It reads what the pruned blocks before it give, or where there are none the dense inputs at `columns [K']`.
-    """
-    if pruned is None:
-        for x, y in dense.captured(path):
-            yield x[:, columns.to(x.device)], y
-        return
+def inputs_and_aims(dense: Stream, pruned: Stream, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the linear at `path` of the pruned block reads, and what the dense one gives for the same tokens."""
     for (_, y), (x, _) in zip(dense.captured(path), pruned.captured(path), strict=True):
         yield x, y.to(x.device)

@@ -131,10 +131,10 @@ def test_an_error_leaves_the_model_as_it_was(tiny_model, monkeypatch):
     model = tiny_model("Gemma3ForCausalLM")
     before, config = state(model), model.config.to_dict()
 
-    def fails(*args):
+    def fails(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prune, "refit_linear", fails)
+    monkeypatch.setattr(prune, "refit_reader", fails)
     with pytest.raises(KeyboardInterrupt):
         pycompress.apply(model, SubnetSearch(0.8, round_to=8), IDS, progress=False)
     assert same(state(model), before)
@@ -145,20 +145,21 @@ def test_an_error_leaves_the_model_as_it_was(tiny_model, monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tmp_path, recipe):
     whole = tiny_model("LlamaForCausalLM")
     pycompress.apply(whole, METHODS[recipe], IDS, progress=False)
-    original, calls = prune.refit_linear, []
+    step = "refit_linear" if recipe == "sequential" else "refit_reader"
+    original, calls = getattr(prune, step), []
 
-    def stops(*args):
+    def stops(*args, **settings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **settings)
 
     model = tiny_model("LlamaForCausalLM")
-    monkeypatch.setattr(prune, "refit_linear", stops)
+    monkeypatch.setattr(prune, step, stops)
     with pytest.raises(KeyboardInterrupt):
         pycompress.apply(model, METHODS[recipe], IDS, checkpoint=tmp_path, progress=False)
     assert calls
-    monkeypatch.setattr(prune, "refit_linear", original)
+    monkeypatch.setattr(prune, step, original)
     monkeypatch.setattr(prune.Pruning, "choose", lambda self: pytest.fail("the subnet is chosen again"))
     pycompress.apply(model, METHODS[recipe], IDS, checkpoint=tmp_path, progress=False)
     assert same(state(model), state(whole))
