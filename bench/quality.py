@@ -2,7 +2,7 @@
 
 Text: WikiText-2 raw test, its first 8 windows of 512 tokens with BOS before each; calibration: 64 such windows of the
 validation text; both read from the folder PYCOMPRESS_DATA. Weights are bf16, perplexity is computed in float32. Rows
-of pruned models, whose settings were chosen on these windows, are scored on 8 windows from further on in the text too.
+of SubnetSearch, whose settings were chosen on these windows, and of FLAP are scored on 8 windows from further on too.
 Rows that are recorded for the same sources are not run again; the others stay on file, with the hash of the sources
 they were measured with, until they are. Arguments select rows: a label, or how labels begin.
 """
@@ -123,7 +123,7 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, st
         facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
     seconds = time.perf_counter() - start
     facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)
-    if config is None or isinstance(config, StructuralConfig):
+    if config is None or isinstance(config, (SubnetSearch, FLAP)):
         facts["perplexity_further_on"] = perplexity(model, tokenizer, texts[2], window=512, max_windows=8)
     measured_with = {"sources": state, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     return facts | {"seconds": seconds} | measured_with
