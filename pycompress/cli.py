@@ -101,6 +101,37 @@ def perplexity(
 
 
 @app.command()
+def tasks(
+    model: ModelFolder,
+    names: Annotated[
+        str, typer.Option("--tasks", help="Names, commas between.")
+    ] = "piqa,arc_easy,openbook_qa,winogrande",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the local questions; PYCOMPRESS_DATA if not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time, at most.")] = 16,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Zero-shot accuracies by lm-evaluation-harness, with standard errors."""
+    with plain_errors():
+        from pycompress.measure.tasks import evaluate
+
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        network, tokenizer = _load(model, device, dtype)
+        settings: dict[str, Any] = {"limit": limit, "batch_size": batch, "checkpoint": checkpoint}
+        found = evaluate(network, tokenizer, wanted, data_dir, **settings)
+        if json:
+            typer.echo(dumps({name: asdict(accuracy) for name, accuracy in found.items()}, indent=1))
+            return
+        width = max(map(len, found))
+        typer.echo("\n".join(f"{name:{width}}  {accuracy}" for name, accuracy in found.items()))
+
+
+@app.command()
 def speed(
     models: Annotated[list[Path], typer.Argument(help="Folders of saved models, run in turns.", show_default=False)],
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,

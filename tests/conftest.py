@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pycompress import _ext, groups
 from pycompress.formats import SharedChannels, pack_shared
@@ -60,6 +61,19 @@ def tiny_model(class_name: str, *, seed: int = 0, **overrides: Any) -> transform
 def tiny_model_fixture() -> Callable[..., transformers.PreTrainedModel]:
     """The builder itself: `tiny_model(class_name, **config_overrides)`."""
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One id a byte, after <bos>, <eos> and <pad>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 @pytest.fixture(params=sorted(TINY))

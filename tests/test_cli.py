@@ -2,8 +2,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pycompress.cli import app
@@ -13,21 +12,11 @@ from pycompress.ops import OPS
 TEXT = "A compressed model must say what it lost. " * 12
 
 
-def byte_tokenizer():
-    """One id a byte, after <bos>, <eos> and <pad>."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-
-
 @pytest.fixture
-def saved(tiny_model, tmp_path):
+def saved(tiny_model, byte_tokenizer, tmp_path):
     """A folder with a tiny Llama and its tokenizer, and a text file beside it."""
     tiny_model("LlamaForCausalLM", vocab_size=300, max_position_embeddings=128).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
 
@@ -44,9 +33,9 @@ def test_info_names_every_op_and_the_versions():
     assert set(json.loads(call("info", "--json").stdout)["ops"]) == set(OPS)
 
 
-def test_perplexity_prints_what_the_function_gives(saved):
+def test_perplexity_prints_what_the_function_gives(saved, byte_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(saved / "model")
-    expected = perplexity(model, byte_tokenizer(), TEXT, window=64)
+    expected = perplexity(model, byte_tokenizer, TEXT, window=64)
     result = call(
         "perplexity", saved / "model", "--text", saved / "text.txt", "--window", 64, "--json", "--device", "cpu"
     )
