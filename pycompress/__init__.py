@@ -5,7 +5,19 @@ Importing this package teaches transformers to load and save compressed models.
 
 from pycompress import hub
 from pycompress.api import apply
-from pycompress.methods import FLAP, RTN, SWSC, LayerDrop, LowRank, Magnitude, Random, SubnetSearch, Taylor, Wanda
+from pycompress.methods import (
+    FLAP,
+    RTN,
+    SWSC,
+    LayerDrop,
+    LowRank,
+    Magnitude,
+    PruneNet,
+    Random,
+    SubnetSearch,
+    Taylor,
+    Wanda,
+)
 from pycompress.report import Report
 
 __version__ = "0.1.0"
@@ -17,6 +29,7 @@ __all__ = [
     "LayerDrop",
     "LowRank",
     "Magnitude",
+    "PruneNet",
     "Random",
     "Report",
     "SubnetSearch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from pycompress.evolve import Reformed, evolve, narrowed
 from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Statistics
-from pycompress.methods.structural import STRUCTURAL, Group, Member, Refit, Search, Structural, StructuralConfig
+from pycompress.methods.structural import STRUCTURAL, Bar, Group, Member, Refit, Search, Structural, StructuralConfig
 from pycompress.refit import Readers, assign, inputs_and_aims, refit_linear, refit_reader
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
@@ -35,7 +35,6 @@ REFORM_DAMPING = 1e-3
 READERS = ("o", "down")
 # A reader's weight `[N, K']` as it is stored, and its relative output error.
 Refitted = tuple[Tensor, float]
-Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass
@@ -252,6 +251,7 @@ class Pruning:
                 covariance = loss_covariance(self.model, blocks(self.model), sample, readers, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
+        score = self._score()
         found = []
         for block in self.bar(range(len(self.sizes)), "ranking"):
             statistics: dict[str, Statistics] = {}
@@ -264,7 +264,7 @@ class Pruning:
                     self.grams.append(statistics["down"].gram)
                 self.means |= {(block, role): _mean(statistics[role]) for role in READERS}
             member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
-            found.append({part: self._ranked(groups) for part, groups in self._groups(block, member).items()})
+            found.append({part: self._ranked(group, score) for part, group in self._groups(block, member).items()})
         self._save_ranking(found)
         return found
 
@@ -306,14 +306,25 @@ class Pruning:
             covariance=covariance.get(name),
         )
 
-    def _ranked(self, group: Group) -> Ranked:
+    def _score(self) -> Callable[[Group], Tensor] | None:
+        """What scores a group: the method's function, or the one it learns from the MLPs of all blocks."""
+        scores, learn = self.method.scores, self.method.learn
+        if learn is None:
+            return None if scores is None else lambda group: scores(group, self.config)
+
+        def mlp(block: int) -> Group:
+            return self._groups(block, lambda role, units: self._member(block, role, units, {}, {}, {}))["mlp"]
+
+        return learn(mlp, [left.mlp for left in self.budget.by_share()], self.config, self.bar)
+
+    def _ranked(self, group: Group, score: Callable[[Group], Tensor] | None) -> Ranked:
         if self.method.eliminate is not None:
             found: Elimination = self.method.eliminate(group, self.config)
             # The last unit never goes.
             error = torch.cat([found.error, found.error[-1:]])
             return Ranked(found.order[0], error[1:].clone(), error)
-        assert self.method.scores is not None
-        scores = self.method.scores(group, self.config).cpu()
+        assert score is not None
+        scores = score(group).cpu()
         order = scores.argsort(stable=True)
         return Ranked(order, scores[order])
 

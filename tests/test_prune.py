@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pycompress
-from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, Random, SubnetSearch, Taylor, Wanda, prune
+from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, PruneNet, Random, SubnetSearch, Taylor, Wanda, prune
 from pycompress.groups import architecture_of, blocks
 from pycompress.hub import added_biases
 from pycompress.replace import dense_weight
@@ -18,6 +18,8 @@ IDS = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 METHODS = {
     "magnitude": Magnitude(0.8, round_to=8),
     "random": Random(0.8, round_to=8),
+    "prunenet": PruneNet(0.8, episodes=2, round_to=8),
+    "prunenet at random": PruneNet(0.8, policy="random", round_to=8),
     "wanda": Wanda(0.8, round_to=8),
     "taylor": Taylor(0.8, round_to=8),
     "flap": FLAP(0.8, round_to=8),

@@ -108,7 +108,7 @@ def test_reordered_units_have_reordered_scores(data, config):
 @pytest.mark.parametrize("config", STRUCTURAL, ids=lambda config: config.__name__)
 def test_a_method_ranks_units_or_blocks_and_says_what_it_needs(config):
     method = STRUCTURAL[config]
-    assert sum(ranks is not None for ranks in (method.scores, method.eliminate, method.blocks)) == 1
+    assert sum(ranks is not None for ranks in (method.scores, method.eliminate, method.blocks, method.learn)) == 1
     assert set(method.needs) <= set(NEEDS)
     refit = method.refit(config())
     assert refit is None or refit.kind in ("weights", "admm", "bias")

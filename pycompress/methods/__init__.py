@@ -4,6 +4,7 @@ from pycompress.methods.flap import FLAP
 from pycompress.methods.layerdrop import LayerDrop
 from pycompress.methods.lowrank import LowRank
 from pycompress.methods.magnitude import Magnitude
+from pycompress.methods.prunenet import PruneNet
 from pycompress.methods.random_units import Random
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.methods.rtn import RTN
@@ -26,6 +27,7 @@ __all__ = [
     "Magnitude",
     "Member",
     "Method",
+    "PruneNet",
     "Random",
     "Statistics",
     "Structural",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +108,18 @@ class Search:
     workers: int
 
 
+# A progress bar over items, and what it says.
+Bar = Callable[[Iterable[Any], str], Iterable[Any]]
+# The MLP's group of each block, the units that stay of it, the config and a bar, to what scores a group.
+Learn = Callable[[Callable[[int], Group], list[int], Any, Bar], Callable[[Group], Tensor]]
+
+
 @dataclass(frozen=True)
 class Structural:
     """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `eliminate(group,
     config)` gives an order with its error instead, `blocks(influence [B], config)` the importance of whole blocks
-    `[B]`; a method has one of the three.
+    `[B]`, and `learn` a function of a group that scores it, which is then called block by block; a method has one of
+    the four.
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
     model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its
@@ -123,6 +130,7 @@ class Structural:
     scores: Callable[[Group, Any], Tensor] | None = None
     eliminate: Callable[[Group, Any], Elimination] | None = None
     blocks: Callable[[Tensor, Any], Tensor] | None = None
+    learn: Learn | None = None
     needs: tuple[str, ...] = ()
     compared: Callable[[Any], bool] = lambda config: False
     by_error: Callable[[Any], bool] = lambda config: False
