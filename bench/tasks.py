@@ -24,11 +24,12 @@ RESULTS = Path(__file__).parent / "results" / "tasks-gemma-3-270m.json"
 MEASURED = Path(__file__).parents[1] / "build" / "tasks"
 
 
-def record(name: str, found: tasks.Accuracy) -> None:
+def record(name: str, found: tasks.Accuracy, limit: int | None) -> None:
     rows = json.loads(RESULTS.read_text())["tasks"] if RESULTS.exists() else {}
-    rows[name] = asdict(found) | {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    command = " ".join(["python", "bench/tasks.py", *([] if limit is None else [str(limit)]), name])
+    rows[name] = asdict(found) | versions | {"command": command}
     content = {
-        "command": "python bench/tasks.py",
         "model": "Gemma-3-270M, dense, float32",
         "tasks": {task: rows[task] for task in tasks.LOCAL if task in rows},
     }
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name in arguments or tasks.LOCAL:
         found = tasks.evaluate(model, tokenizer, name, limit=limit, checkpoint=MEASURED)[name]
-        record(name, found)
+        record(name, found, limit)
         print(f"{name:<12} {found} (lm_eval {found.harness})", flush=True)
     return 0
 

@@ -7,7 +7,7 @@ from scipy.stats import ks_2samp
 
 import pycompress
 from pycompress import PruneNet
-from pycompress.methods.prunenet import Policy, ks_distance, learn, singular_values, threshold, train
+from pycompress.methods.prunenet import Policy, ks_distance, learn, reward, singular_values, threshold, train
 from pycompress.methods.structural import Group, Member
 from pycompress.replace import dense_weight
 
@@ -33,6 +33,12 @@ def test_singular_values_are_those_of_an_svd(shape):
     weight = draw(*shape).float()
     expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)[::-1]
     np.testing.assert_allclose(singular_values(weight).numpy(), expected, rtol=1e-9)
+
+
+def test_the_reward_is_one_over_the_distance_and_finite_without_one():
+    before, after = draw(30).abs(), draw(17, seed=1).abs()
+    assert reward(before, after) == pytest.approx(1 / ks_2samp(before.numpy(), after.numpy()).statistic)
+    assert reward(before, before) == 2 * 30
 
 
 def test_the_policy_is_a_linear_layer_and_a_product():

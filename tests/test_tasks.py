@@ -282,6 +282,12 @@ def test_what_cannot_be_evaluated_is_refused(
         tasks.evaluate(build(tiny_model), byte_tokenizer, data_dir=tmp_path, progress=False, **arguments)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_named(tiny_model, byte_tokenizer, tmp_path):
+    write(tmp_path, "piqa", [LINE])
+    with pytest.raises(ValueError, match="cannot write the checkpoint directory"):
+        tasks.evaluate(build(tiny_model), byte_tokenizer, "piqa", tmp_path, checkpoint=tmp_path / "piqa.jsonl" / "run")
+
+
 def test_a_local_task_needs_its_folder(tiny_model, byte_tokenizer, monkeypatch):
     monkeypatch.delenv("PYCOMPRESS_DATA", raising=False)
     with pytest.raises(ValueError, match=r"piqa is read from piqa.jsonl; give its folder as data_dir, or set PYCOMP"):

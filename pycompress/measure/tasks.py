@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -91,10 +91,9 @@ def evaluate(
             # The harness gives it one.
             tokenizer = copy.deepcopy(tokenizer)
         with evaluation(model):
-            lm = harness.ContinuationLM(model, tokenizer, batch_size, progress)
-            if checkpoint is not None:
-                lm = _remembering(lm, Path(checkpoint) / f"{hash_of(model)[:16]}.db")
-            found = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
+            plain = harness.ContinuationLM(model, tokenizer, batch_size, progress)
+            with _remembering(plain, checkpoint) as lm:
+                found = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
     return {name: _accuracy(metrics, version) for name, metrics in found["results"].items() if _metrics(metrics)}
 
 
@@ -168,11 +167,22 @@ def _load(harness: Any, names: tuple[str, ...], data_dir: str | Path | None) -> 
     return loaded
 
 
-def _remembering(lm: Any, file: Path) -> Any:
-    """`lm`, with every answer kept in an SQLite file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    caching: Callable[[Any, str], Any] = import_module("lm_eval.api.model").CachingLM
-    return caching(lm, str(file))
+@contextmanager
+def _remembering(lm: Any, checkpoint: str | Path | None) -> Iterator[Any]:
+    """`lm`, every answer of which is kept in an SQLite file of its model's own."""
+    if checkpoint is None:
+        yield lm
+        return
+    file = Path(checkpoint) / f"{hash_of(lm.model)[:16]}.db"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write the checkpoint directory {checkpoint}: {error.strerror}") from error
+    remembering = import_module("lm_eval.api.model").CachingLM(lm, str(file))
+    try:
+        yield remembering
+    finally:
+        remembering.dbdict.close()
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
