@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from pycompress.widths import Budget, Parts, Ranked
 SENSITIVITY_TOKENS = 4096
 # Of refits while searching; the refit of the winner chooses its own.
 REFORM_DAMPING = 1e-3
-
 # Linears that read a block's channels; the others write them.
 READERS = ("o", "down")
 # A reader's weight `[N, K']` as it is stored, and its relative output error.
@@ -50,6 +50,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.method: Structural = STRUCTURAL[type(self.config)]
+        self.scores = self.method.scores
         self.search = self.method.search(self.config)
         self.refit = self.method.refit(self.config)
         self.architecture = architecture_of(self.model)
@@ -251,7 +252,8 @@ class Pruning:
                 covariance = loss_covariance(self.model, blocks(self.model), sample, readers, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
-        score = self._score()
+        if self.method.learn is not None:
+            self.scores = self.method.learn(self._mlp, [b.mlp for b in self.budget.by_share()], self.config, self.bar)
         found = []
         for block in self.bar(range(len(self.sizes)), "ranking"):
             statistics: dict[str, Statistics] = {}
@@ -264,7 +266,7 @@ class Pruning:
                     self.grams.append(statistics["down"].gram)
                 self.means |= {(block, role): _mean(statistics[role]) for role in READERS}
             member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
-            found.append({part: self._ranked(group, score) for part, group in self._groups(block, member).items()})
+            found.append({part: self._ranked(group) for part, group in self._groups(block, member).items()})
         self._save_ranking(found)
         return found
 
@@ -306,25 +308,18 @@ class Pruning:
             covariance=covariance.get(name),
         )
 
-    def _score(self) -> Callable[[Group], Tensor] | None:
-        """What scores a group: the method's function, or the one it learns from the MLPs of all blocks."""
-        scores, learn = self.method.scores, self.method.learn
-        if learn is None:
-            return None if scores is None else lambda group: scores(group, self.config)
+    def _mlp(self, block: int) -> Group:
+        """The block's MLP by its weights alone."""
+        return self._groups(block, partial(self._member, block, statistics={}, saliency={}, covariance={}))["mlp"]
 
-        def mlp(block: int) -> Group:
-            return self._groups(block, lambda role, units: self._member(block, role, units, {}, {}, {}))["mlp"]
-
-        return learn(mlp, [left.mlp for left in self.budget.by_share()], self.config, self.bar)
-
-    def _ranked(self, group: Group, score: Callable[[Group], Tensor] | None) -> Ranked:
+    def _ranked(self, group: Group) -> Ranked:
         if self.method.eliminate is not None:
             found: Elimination = self.method.eliminate(group, self.config)
             # The last unit never goes.
             error = torch.cat([found.error, found.error[-1:]])
             return Ranked(found.order[0], error[1:].clone(), error)
-        assert score is not None
-        scores = score(group).cpu()
+        assert self.scores is not None
+        scores = self.scores(group, self.config).cpu()
         order = scores.argsort(stable=True)
         return Ranked(order, scores[order])
 

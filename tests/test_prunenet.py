@@ -96,14 +96,16 @@ def test_training_raises_the_reward_above_that_of_chance(seed):
 
     learnt = learn(groups.__getitem__, [KEPT] * BLOCKS, config, lambda items, what: items)
     chance = learn(groups.__getitem__, [KEPT] * BLOCKS, PruneNet(policy="random", seed=seed), None)
-    rewards = [np.mean([spectral_reward(group, score(group)) for group in groups]) for score in (learnt, chance)]
+    rewards = [
+        np.mean([spectral_reward(group, score(group, config)) for group in groups]) for score in (learnt, chance)
+    ]
     assert rewards[0] > 2 * rewards[1]
 
 
 def test_blocks_of_a_random_policy_keep_other_channels():
     groups = blocks()
     score = learn(groups.__getitem__, [KEPT] * BLOCKS, PruneNet(policy="random"), None)
-    orders = [score(group).tolist() for group in groups]
+    orders = [score(group, None).tolist() for group in groups]
     assert all(sorted(order) == list(range(CHANNELS)) for order in orders)
     assert len(set(map(tuple, orders))) == BLOCKS
 

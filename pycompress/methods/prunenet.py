@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pycompress.methods.structural import STRUCTURAL, Bar, Group, Structural, StructuralConfig
+from pycompress.methods.structural import STRUCTURAL, Bar, Group, Scores, Structural, StructuralConfig
 
 POLICIES = ("learned", "random")
 LEARNING_RATE = 1e-3
@@ -155,13 +155,13 @@ def learn(
     counts: list[int],
     config: PruneNet,
     bar: Bar,
-) -> Callable[[Group], Tensor]:
+) -> Scores:
     """What scores a group: the trained policy's logits of its channels, or another permutation each time."""
     if config.policy == "random":
         generator = torch.Generator().manual_seed(config.seed)
-        return lambda group: torch.randperm(group.size, generator=generator).double()
+        return lambda group, config: torch.randperm(group.size, generator=generator).double()
     policy = train(groups, counts, config, bar).policy
-    return lambda group: policy.logits(_rows(group)).detach()
+    return lambda group, config: policy.logits(_rows(group)).detach()
 
 
 def _rows(group: Group) -> Tensor:

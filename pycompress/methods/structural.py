@@ -110,16 +110,18 @@ class Search:
 
 # A progress bar over items, and what it says.
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
-# The MLP's group of each block, the units that stay of it, the config and a bar, to what scores a group.
-Learn = Callable[[Callable[[int], Group], list[int], Any, Bar], Callable[[Group], Tensor]]
+# A group and the config, to each unit's importance.
+Scores = Callable[[Group, Any], Tensor]
+# The MLP's group of each block, the units that stay of it, the config and a bar.
+Learn = Callable[[Callable[[int], Group], list[int], Any, Bar], Scores]
 
 
 @dataclass(frozen=True)
 class Structural:
     """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `eliminate(group,
     config)` gives an order with its error instead, `blocks(influence [B], config)` the importance of whole blocks
-    `[B]`, and `learn` a function of a group that scores it, which is then called block by block; a method has one of
-    the four.
+    `[B]`; `learn(groups, counts, config, bar)` gives `scores` once it has seen the MLPs of all blocks. A method has one
+    of the four.
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
     model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its
@@ -127,7 +129,7 @@ class Structural:
     what stays as it is. `search(config)`: None takes the choice as it is.
     """
 
-    scores: Callable[[Group, Any], Tensor] | None = None
+    scores: Scores | None = None
     eliminate: Callable[[Group, Any], Elimination] | None = None
     blocks: Callable[[Tensor, Any], Tensor] | None = None
     learn: Learn | None = None
