@@ -23,7 +23,7 @@ from pycompress.calibrate import Stream
 from pycompress.checkpoint import Checkpoint, Finished, hash_of
 from pycompress.formats import Packed, Rounded
 from pycompress.measure.errors import relative_output_error
-from pycompress.methods import METHODS, Curve, Statistics, StructuralConfig
+from pycompress.methods import METHODS, Curve, ShrinkConfig, SliceGPT, Statistics
 from pycompress.plan import Plan, Step, plan
 from pycompress.prune import Pruning
 from pycompress.recipe import Config, Recipe
@@ -31,6 +31,7 @@ from pycompress.replace import Undo, dense_weight, replace
 from pycompress.report import Report, Row, Total
 from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
+from pycompress.slicing import Slicing
 
 SENSITIVITY_TOKENS = 4096
 
@@ -95,15 +96,16 @@ class _Job:
         self.sensitivity: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
 
-    def prune(self, configs: list[StructuralConfig]) -> list[Row]:
+    def prune(self, configs: list[ShrinkConfig]) -> list[Row]:
         """Shrink the model by one structural method after the other; rows of what it is then made of."""
         rows: dict[str, Row] = {}
         for count, config in enumerate(configs, start=1):
             stage = self.saved.stage(configs[:count])
-            pruning = Pruning(self.model, config, self.batches, stage, self._bar, self.progress)
-            found, undo = pruning.run()
+            runner = Slicing if isinstance(config, SliceGPT) else Pruning
+            work: Any = runner(self.model, config, self.batches, stage, self._bar, self.progress)  # type: ignore[arg-type]
+            found, undo = work.run()
             self.shrunk.append(undo)
-            self.searches += [] if pruning.result is None else [pruning.result]
+            self.searches += [] if work.result is None else [work.result]
             rows = {row.name: row for row in found}
         return list(rows.values())
 
@@ -223,10 +225,10 @@ class _Job:
         return tqdm(blocks, desc=what, disable=not self.progress)
 
 
-def _split(configs: Recipe) -> tuple[list[StructuralConfig], Recipe]:
+def _split(configs: Recipe) -> tuple[list[ShrinkConfig], Recipe]:
     """Structural configs, which go first, and those that pack matrices."""
-    structural = [config for config in configs if isinstance(config, StructuralConfig)]
-    packing = [config for config in configs if not isinstance(config, StructuralConfig)]
+    structural = [config for config in configs if isinstance(config, ShrinkConfig)]
+    packing = [config for config in configs if not isinstance(config, ShrinkConfig)]
     if configs[: len(structural)] != structural:
         late = next(config for before, config in pairwise(configs) if config in structural and before in packing)
         raise ValueError(

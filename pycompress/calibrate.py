@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,16 +202,17 @@ class Stream:
             for gram_sum in sums.values():
                 gram_sum.handle.remove()
         if advance:
-            self._enter_next(outputs)
+            self.enter_next(outputs)
         return {
             name: Statistics(found.total / found.tokens, found.tokens, mean=found.sum / found.tokens)
             for name, found in sums.items()
         }
 
     def captured(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and outputs of the linear at `path` of the current block, batch by batch, without padded tokens.
+        """Inputs and outputs of the linear or norm at `path` of the current block, without padded tokens, a batch
+        at a time.
 
-        `[T, K]` and `[T, N]`, float32. The block runs no further than that linear.
+        `[T, K]` and `[T, N]`, float32. The block runs no further than that module.
         """
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -222,17 +223,18 @@ class Stream:
         handle = self.block.get_submodule(path).register_forward_hook(take)
         try:
             for mask, _ in zip(self.masks, self.run(), strict=True):
-                pair = (tensor.float() for tensor in found.pop())
-                x, y = (t.flatten(0, -2) if mask is None else t[mask.to(t.device)] for t in pair)
+                pair = (tensor.float().flatten(0, -2) for tensor in found.pop())
+                x, y = (t if mask is None else t[mask.to(t.device).flatten()] for t in pair)
                 yield x, y
         finally:
             handle.remove()
 
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and go to the next block."""
-        self._enter_next(list(self.run()))
+        self.enter_next(list(self.run()))
 
-    def _enter_next(self, outputs: list[Tensor | None]) -> None:
+    def enter_next(self, outputs: Sequence[Tensor | None]) -> None:
+        """Go to the next block, which gets these outputs of the current one."""
         self.hidden = [output for output in outputs if output is not None]
         self.position += 1
 

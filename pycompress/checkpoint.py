@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pycompress.files import read_json, write_whole
 from pycompress.formats import Packed, rebuild
 from pycompress.methods.registry import Curve
-from pycompress.methods.structural import StructuralConfig
+from pycompress.methods.structural import ShrinkConfig
 from pycompress.recipe import Config, Recipe
 from pycompress.report import Row
 from pycompress.search import Result
@@ -40,7 +40,7 @@ class Checkpoint:
     def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:
         self.path = None if path is None else Path(path)
         self.recipe = _digest(repr(recipe))
-        shrunk = [config for config in recipe if isinstance(config, StructuralConfig)]
+        shrunk = [config for config in recipe if isinstance(config, ShrinkConfig)]
         packing = [_of_any_keep(config) for config in recipe if config not in shrunk]
         self.measured = _digest(repr(shrunk + packing))
         self.gradients = f"{GRADIENTS}-{_digest(repr(shrunk))}" if shrunk else GRADIENTS
@@ -203,6 +203,14 @@ class Stage:
     def load_refit(self, block: int) -> dict[str, tuple[Tensor, float]] | None:
         found = self.checkpoint.load(f"refit-{self.key}-{block:04d}")
         return None if found is None else {role: (found[0][role], error) for role, error in found[1]["errors"].items()}
+
+    def save_bases(self, block: int, bases: dict[str, Tensor]) -> None:
+        """Bases of the residual stream in one block, by point and part."""
+        self.checkpoint.save(f"bases-{self.key}-{block:04d}", bases, {})
+
+    def load_bases(self, block: int) -> dict[str, Tensor] | None:
+        found = self.checkpoint.load(f"bases-{self.key}-{block:04d}")
+        return None if found is None else found[0]
 
 
 def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:

@@ -50,6 +50,19 @@ class Coupled:
     readers: tuple[str, ...]
 
 
+class Branch(NamedTuple):
+    """One of the two branches a block adds to its residual stream: a norm, modules that run one after the other, where
+    there is one a norm after them, and dropout. `readers`: roles of the linears that read the norm; `writer`: the last.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    modules: tuple[str, ...]
+    writer: str
+    norm_after: str | None
+    dropout: str | None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One causal LM class.
@@ -59,6 +72,8 @@ class Architecture:
     (`kv_heads=None`: one key-value head a head). `sizes` maps attributes of a block's modules to the field of
     `Geometry` that they hold; `heads_from_config`: the attention reads how many heads it has from the config.
     `head_norms` are those of queries and keys, over a head's channels; `rotary` is the path of the rotary embedding.
+    `mlp` lists the modules that make up a block's MLP, in order; `dropouts` are a block's two modules, or its
+    probability, of dropout after attention and MLP, where these have none of their own.
 
     The softmax scale is the head width to the power -1/2 unless `fixed_scale`; `scale_by_width` names a config flag
     that must be true for that, `scale_by_index` one that divides by the block's number too. `parallel_residual` and
@@ -90,6 +105,23 @@ class Architecture:
     embedding_projections: tuple[str, ...] = ()
     parallel_residual: str | None = None
     norms_first: str | None = None
+    mlp: tuple[str, ...] = ("mlp",)
+    dropouts: tuple[str | None, str | None] = (None, None)
+
+    def parallel(self, config: Any) -> bool:
+        """Whether attention and MLP of a model with this config read the same residual stream."""
+        return self.parallel_residual is not None and bool(getattr(config, self.parallel_residual))
+
+    @property
+    def branches(self) -> tuple[Branch, Branch]:
+        """Attention and MLP, which write to the residual stream."""
+        reads, writes = self.stages[::2], self.stages[1::2]
+        modules = ((self.attention,), self.mlp)
+        found = [
+            Branch(str(read.norm_before), read.roles, run, write.roles[0], write.norm_after, dropout)
+            for read, write, run, dropout in zip(reads, writes, modules, self.dropouts, strict=True)
+        ]
+        return found[0], found[1]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -417,6 +449,8 @@ OPT = Architecture(
     position_embedding="model.decoder.embed_positions",
     embedding_projections=("model.decoder.project_in", "model.decoder.project_out"),
     norms_first="do_layer_norm_before",
+    mlp=("fc1", "activation_fn", "fc2"),
+    dropouts=("dropout", "dropout"),
 )
 
 GPT_NEOX = Architecture(
@@ -447,6 +481,7 @@ GPT_NEOX = Architecture(
     rotary="gpt_neox.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "per_head"),),
     parallel_residual="use_parallel_residual",
+    dropouts=("post_attention_dropout", "post_mlp_dropout"),
 )
 
 GPT2 = Architecture(
@@ -503,6 +538,7 @@ PHI3 = Architecture(
     heads_from_config=True,
     rotary="model.rotary_emb",
     fused=(Fused("qkv", ("q", "k", "v"), "concatenated"), Fused("gate_up", ("gate", "up"), "concatenated")),
+    dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(

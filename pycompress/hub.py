@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pycompress.formats import Rounded, SharedChannels
 from pycompress.groups import ARCHITECTURES, Architecture, Geometry, frequencies
-from pycompress.layers import KeptRotary, SharedLinear
-from pycompress.resize import resize
+from pycompress.layers import KeptRotary, SharedLinear, SlicedBlock
+from pycompress.resize import resize, slice_block
 from pycompress.storage import CODES
 
 METHOD = "pycompress"
@@ -58,13 +59,16 @@ class PycompressConfig(QuantizationConfigMixin):
     `modules` maps the name of each compressed module to its format's `spec()`. `blocks`, where blocks have sizes of
     their own (since format version 2): the `architecture`, a list with one number a block for each of `heads`,
     `kv_heads`, `width`, `rotary` and `mlp` as in `groups.Geometry`, and `biases`, the blocks by role whose linears have
-    a bias of their own. Raises `ValueError` for a format version or a format that this pycompress does not know.
+    a bias of their own. `sliced`, where blocks have a residual stream narrower than the hidden size: the `architecture`
+    and `widths`, one for each branch that reads the stream and one for the last block's output, null where it is whole.
+    Raises `ValueError` for a format version or a format that this pycompress does not know.
     """
 
     def __init__(
         self,
         modules: dict[str, Spec] | None = None,
         blocks: dict[str, Any] | None = None,
+        sliced: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -84,9 +88,13 @@ class PycompressConfig(QuantizationConfigMixin):
         self.blocks = copy.deepcopy(blocks)
         if blocks is not None:
             _check_blocks(blocks)
+        self.sliced = copy.deepcopy(sliced)
+        if sliced is not None:
+            _check_sliced(sliced)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "blocks" or value is not None}
+        optional = ("blocks", "sliced")
+        return {key: value for key, value in super().to_dict().items() if key not in optional or value is not None}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field by name: `from_pretrained(..., config=model.config)` reads this object as the dict it saves as."""
@@ -111,6 +119,8 @@ class PycompressQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.blocks is not None:
             _resize_blocks(model, config.blocks)
+        if config.sliced is not None:
+            _slice_blocks(model, config.sliced)
         config.modules = {_resolve(model, name): spec for name, spec in config.modules.items()}
         for name, spec in config.modules.items():
             module = model.get_submodule(name)
@@ -138,6 +148,8 @@ class PycompressQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, KeptRotary):
                 _check_rotary(name, module)
+            if isinstance(module, SlicedBlock):
+                _check_products(name, module)
         # The tensors are ordinary floats that train and cast: without this, transformers forbids .half() and .float().
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -198,6 +210,26 @@ def record_blocks(
     _own(model, PycompressConfig(blocks=blocks | {"biases": biases}))
 
 
+def record_sliced(model: nn.Module, architecture: Architecture, widths: list[int | None]) -> Callable[[], None]:
+    """Note the widths of the residual stream on a model without packed modules, so that `save_pretrained` writes them.
+
+    Returns a function that takes the note back.
+    """
+    before, noted = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
+    known = _own_config(model)
+    sliced = {"architecture": architecture.class_name, "widths": widths}
+    _own(model, PycompressConfig(blocks=None if known is None else known.blocks, sliced=sliced))
+
+    def forget() -> None:
+        for holder, name, value in ((model, "hf_quantizer", before), (model.config, "quantization_config", noted)):
+            if value is not None:
+                setattr(holder, name, value)
+            else:
+                delattr(holder, name)
+
+    return forget
+
+
 def added_biases(model: nn.Module) -> dict[str, list[int]]:
     """For a role the blocks whose linear has a bias that transformers' has not."""
     config = _own_config(model)
@@ -211,7 +243,7 @@ def forget(model: nn.Module, names: list[str]) -> None:
         return
     for name in names:
         config.modules.pop(name, None)
-    if not config.modules and config.blocks is None:
+    if not config.modules and config.blocks is None and config.sliced is None:
         del model.hf_quantizer
         if getattr(model.config, "quantization_config", None) is config:
             del model.config.quantization_config  # type: ignore[union-attr]
@@ -316,6 +348,32 @@ def _check_blocks(blocks: dict[str, Any]) -> None:
         raise ValueError(f"blocks in the pycompress quantization_config must hold one size a block, got {blocks}")
 
 
+def _check_sliced(sliced: dict[str, Any]) -> None:
+    if set(sliced) != {"architecture", "widths"} or sliced["architecture"] not in ARCHITECTURES:
+        raise ValueError(
+            f"sliced in the pycompress quantization_config has the fields architecture (one of "
+            f"{', '.join(ARCHITECTURES)}) and widths; got {sliced}"
+        )
+    widths = sliced["widths"]
+    if len(widths) % 2 == 0 or not all(width is None or (isinstance(width, int) and width > 0) for width in widths):
+        raise ValueError(f"widths in the pycompress quantization_config must be two a block and one, got {widths}")
+
+
+def _slice_blocks(model: nn.Module, sliced: dict[str, Any]) -> None:
+    """Make the blocks of an empty model those that `config.json` says."""
+    architecture, widths = ARCHITECTURES[sliced["architecture"]], sliced["widths"]
+    found = list(model.get_submodule(_resolve(model, architecture.blocks)).children())
+    if len(widths) != 2 * len(found) + 1:
+        raise ValueError(
+            f"config.json lists {len(widths)} widths of the residual stream, but {type(model).__name__} builds "
+            f"{len(found)} blocks, which have {2 * len(found) + 1}; config.json does not belong to this model"
+        )
+    for index, block in enumerate(found):
+        own = widths[2 * index : 2 * index + 3]
+        if any(width is not None for width in own):
+            slice_block(block, architecture, own, parallel=architecture.parallel(model.config))
+
+
 def _resize_blocks(model: nn.Module, blocks: dict[str, Any]) -> None:
     """Give the blocks of an empty model the sizes that `config.json` says."""
     architecture = ARCHITECTURES[blocks["architecture"]]
@@ -369,6 +427,13 @@ def _check_loaded(name: str, layer: SharedLinear) -> None:
             raise ValueError(f"{name}.labels must be in [0, {layer.clusters}); the saved files are damaged")
         if key == "channels" and not torch.equal(tensor.cpu().sort().values.long(), torch.arange(len(tensor))):
             raise ValueError(f"{name}.channels must be a permutation; the saved files are damaged")
+
+
+def _check_products(name: str, block: SlicedBlock) -> None:
+    for key, tensor in block.named_parameters():
+        loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+        if not loaded and key.startswith(("shortcuts.", "projections.")):
+            raise ValueError(f"the saved files lack {name}.{key}; save or download the model again")
 
 
 def _check_rotary(name: str, kept: KeptRotary) -> None:

@@ -26,6 +26,11 @@ class Row:
     error: float
     seconds: float
 
+    @property
+    def keep(self) -> float:
+        """After over before; not a number for a module that the dense model has not."""
+        return self.after / self.before if self.before else math.nan
+
 
 @dataclass(frozen=True)
 class Total:
@@ -56,9 +61,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'module':<42}{'format':<30}{'bytes':>11}{'keep':>8}{'error':>9}{'seconds':>9}"]
         for row in self.rows:
-            keep = row.after / row.before
             lines.append(
-                f"{row.name:<42}{row.format:<30}{row.after:>11}{keep:>8.3f}{row.error:>9.4f}{row.seconds:>9.2f}"
+                f"{row.name:<42}{row.format:<30}{row.after:>11}{row.keep:>8.3f}{row.error:>9.4f}{row.seconds:>9.2f}"
             )
         for name in ("targets", "decoder", "file"):
             total: Total = getattr(self, name)
@@ -94,7 +98,7 @@ class Report:
         for kind in kinds:
             rows = [row for row in self.rows if row.name.rsplit(".", 1)[-1] == kind]
             depth = [row.block for row in rows]
-            keep_axis.plot(depth, [row.after / row.before for row in rows], marker="o", label=kind)
+            keep_axis.plot(depth, [row.keep for row in rows], marker="o", label=kind)
             error_axis.plot(depth, [row.error for row in rows], marker="o", label=kind)
         keep_axis.set_ylabel("kept bytes")
         keep_axis.set_ylim(0, 1.05)

@@ -1,15 +1,15 @@
-"""Gives the modules of a decoder block other sizes: what shrinking a model and loading a shrunk one have in common."""
+"""Gives the modules of a decoder block other sizes: what shrinking, slicing and loading have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pycompress.groups import KEPT_ROTARY, Architecture, Geometry
-from pycompress.layers import KeptRotary
+from pycompress.layers import GainlessNorm, KeptRotary, sliced_class
 from pycompress.subnet import Kept
 
 
@@ -50,6 +50,38 @@ def resize(
     if architecture.heads_from_config and getattr(config, architecture.heads) != geometry.heads:
         attention.config = OwnConfig(config, **{architecture.heads: geometry.heads})
     _select_rotary(attention, None if rotary == geometry.rotary else geometry.rotary)
+
+
+def slice_block(
+    block: nn.Module, architecture: Architecture, widths: Sequence[int | None], *, parallel: bool = False
+) -> None:
+    """Make `block` a `SlicedBlock` whose residual stream has these widths where attention reads it, where the MLP does,
+    and where it leaves the block; None: the hidden size, in the model's own coordinates.
+
+    In a `parallel` block the first two are one. Linears of another size, shortcuts and projections are empty, on the
+    meta device. A linear gets a bias where the norm before it, which loses its gain and bias, has one.
+    """
+    made: Any = block
+    o = block.get_submodule(architecture.paths["o"])
+    hidden, like = _shape(o)[0], o.get_parameter("weight")
+    shortcuts, projections = nn.ModuleList(), nn.ModuleList()
+    for number, branch in enumerate(architecture.branches):
+        before, after = widths[number], widths[2 if parallel else number + 1]
+        if before is not None:
+            norm: Any = block.get_submodule(branch.norm)
+            for role in branch.readers:
+                biased = getattr(norm, "bias", None) is not None
+                _resize_linear(block, architecture.paths[role], inputs=before, biased=biased)
+            eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+            block.set_submodule(branch.norm, GainlessNorm(hidden, eps).train(norm.training))
+        if after is not None and branch.norm_after is None:
+            _resize_linear(block, architecture.paths[branch.writer], outputs=after)
+        projected = after is not None and branch.norm_after is not None
+        projections.append(_product(hidden, after or hidden, like) if projected else nn.Identity())
+        same = (before is None and after is None) or (parallel and number == 0)
+        shortcuts.append(nn.Identity() if same else _product(before or hidden, after or hidden, like))
+    made.__class__ = sliced_class(type(block), architecture.class_name)
+    made.parallel, made.shortcuts, made.projections = parallel, shortcuts.train(block.training), projections
 
 
 def softmax_scale(architecture: Architecture, config: Any, scale: float, width: int, index: int) -> float:
@@ -99,6 +131,29 @@ def _select_rotary(attention: nn.Module, kept: int | None) -> None:
     if kept is not None:
         setattr(attention, KEPT_ROTARY, KeptRotary(kept, device="meta"))
         attention.register_forward_pre_hook(keep_rotary, with_kwargs=True)
+
+
+def _resize_linear(
+    block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, biased: bool = False
+) -> None:
+    module = block.get_submodule(path)
+    rows, columns = _shape(module)
+    shape, bias = (outputs or rows, inputs or columns), biased or module.bias is not None
+    if shape != (rows, columns) or bias != (module.bias is not None):
+        block.set_submodule(path, _empty(module, shape, bias))
+
+
+def _product(inputs: int, outputs: int, like: nn.Parameter) -> nn.Linear:
+    """An empty linear without a bias, on the meta device, that trains where `like` does."""
+    made = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=like.dtype)
+    made.weight.requires_grad_(like.requires_grad)
+    return made
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """`(N, K)` of a linear or of transformers' `Conv1D`."""
+    shape = module.get_parameter("weight").shape
+    return _stored(module, (shape[0], shape[1]))
 
 
 def _stored(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:

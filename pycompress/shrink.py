@@ -111,9 +111,9 @@ class _Shrinking:
         found = blocks(self.model)
         if len(self.subnet.blocks) != len(found):
             raise ValueError(f"the subnet has {len(self.subnet.blocks)} blocks, the model {len(found)}")
-        _check_untied(self.model, self.architecture.blocks)
+        check_untied(self.model, self.architecture.blocks)
         for block, module in enumerate(found):
-            _check_free(f"{self.architecture.blocks}.{block}", module)
+            check_free(f"{self.architecture.blocks}.{block}", module)
         sizes = [geometry(self.model, block) for block in range(len(found))]
         for block in self.subnet.kept_blocks:
             try:
@@ -254,7 +254,7 @@ class _Shrinking:
         """The block that is left, sharing the tensors that stay as they are."""
         index = self.subnet.kept_blocks[new]
         old = blocks(self.model)[index]
-        block = _twin(old, self.config, config)
+        block = twin(old, self.config, config)
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = new  # type: ignore[assignment]
@@ -367,7 +367,7 @@ class _Shrinking:
         return undo
 
 
-def _check_free(name: str, block: nn.Module) -> None:
+def check_free(name: str, block: nn.Module) -> None:
     """Refuse what a new block would lose."""
     for path, module in block.named_modules():
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values() if hook is not keep_rotary]
@@ -380,7 +380,7 @@ def _check_free(name: str, block: nn.Module) -> None:
         raise ValueError(f"{name} is on the meta device; load the model's weights before shrinking it")
 
 
-def _check_untied(model: nn.Module, path: str) -> None:
+def check_untied(model: nn.Module, path: str) -> None:
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)
@@ -388,7 +388,7 @@ def _check_untied(model: nn.Module, path: str) -> None:
             raise ValueError(f"{name} is tied to {other}; untie it first")
 
 
-def _twin(block: nn.Module, config: Any, new: Any) -> nn.Module:
+def twin(block: nn.Module, config: Any, new: Any) -> nn.Module:
     """A copy of the modules of `block` that shares its tensors, with another config."""
     shared: list[Any] = [*block.parameters(), *block.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared} | {id(config): new}

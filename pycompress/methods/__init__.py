@@ -8,7 +8,8 @@ from pycompress.methods.prunenet import PruneNet
 from pycompress.methods.random_units import Random
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.methods.rtn import RTN
-from pycompress.methods.structural import STRUCTURAL, Group, Member, Structural, StructuralConfig
+from pycompress.methods.slicegpt import SliceGPT
+from pycompress.methods.structural import STRUCTURAL, Group, Member, ShrinkConfig, Structural, StructuralConfig
 from pycompress.methods.subnet_search import SubnetSearch
 from pycompress.methods.swsc import SWSC
 from pycompress.methods.taylor import Taylor
@@ -29,6 +30,8 @@ __all__ = [
     "Method",
     "PruneNet",
     "Random",
+    "ShrinkConfig",
+    "SliceGPT",
     "Statistics",
     "Structural",
     "StructuralConfig",

@@ -18,29 +18,41 @@ PARTS = ("mlp", "attention")
 
 
 @dataclass(frozen=True)
-class StructuralConfig(Config, abstract=True):
-    """What every method that makes the matrices themselves smaller is told.
+class ShrinkConfig(Config, abstract=True):
+    """What every method that makes the dense matrices themselves smaller is told; these go first in a recipe.
 
-    `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]. `parts`: of a block, where
-    channels may go: "mlp", "attention" (of every head as many). `round_to`: widths of MLPs are multiples of it (by
-    default 64 where a quarter of the channels is as many), those of heads of 8 at most. `uniform`: the same widths for
-    all blocks, so that transformers loads the saved model without pycompress. Raises ValueError on other values.
+    `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]. Raises ValueError on others.
     """
 
     keep: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_fraction("keep")
+        if self.targets is not None:
+            raise ValueError(f"{self.name} narrows whole blocks and takes no targets; leave them out")
+
+
+@dataclass(frozen=True)
+class StructuralConfig(ShrinkConfig, abstract=True):
+    """What every method that removes channels or blocks is told.
+
+    `keep`: as in `ShrinkConfig`. `parts`: of a block, where channels may go: "mlp", "attention" (of every head as
+    many). `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many), those of
+    heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model without
+    pycompress. Raises ValueError on other values.
+    """
+
     parts: tuple[str, ...] = ("mlp",)
     round_to: int | None = None
     uniform: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_fraction("keep")
         self.check_count("round_to", 1)
         object.__setattr__(self, "parts", (self.parts,) if isinstance(self.parts, str) else tuple(self.parts))
         if not self.parts or set(self.parts) - set(PARTS):
             raise ValueError(f"{self.name}.parts must be one or more of {', '.join(PARTS)}, got {self.parts}")
-        if self.targets is not None:
-            raise ValueError(f"{self.name} narrows whole blocks and takes no targets; leave them out, or set parts")
 
 
 @dataclass(frozen=True)
