@@ -106,7 +106,8 @@ class _Job:
             found, undo = work.run()
             self.shrunk.append(undo)
             self.searches += [] if work.result is None else [work.result]
-            rows = {row.name: row for row in found}
+            # Bytes before are those of the dense model.
+            rows |= {row.name: replace_field(row, before=rows.get(row.name, row).before) for row in found}
         return list(rows.values())
 
     def undo_all(self) -> None:
@@ -235,6 +236,9 @@ def _split(configs: Recipe) -> tuple[list[ShrinkConfig], Recipe]:
             f"{late.name} makes dense matrices smaller and comes after {packing[0].name}, which packs them; "
             f"put {late.name} first in the recipe"
         )
+    for config, following in pairwise(structural):
+        if isinstance(config, SliceGPT):
+            raise ValueError(f"{following.name} takes no sliced blocks; put {config.name} after it in the recipe")
     return structural, packing
 
 

@@ -583,7 +583,7 @@ def geometry(model: nn.Module, block: int) -> Geometry:
     """The channels of block `block`, from the shapes of its linears as they are now."""
     architecture = architecture_of(model)
     module = blocks(model)[block]
-    shapes = {role: _shape(module.get_submodule(path)) for role, path in architecture.paths.items()}
+    shapes = {role: shape_of(module.get_submodule(path)) for role, path in architecture.paths.items()}
     width = next(_attribute(module, path) for path, size in architecture.sizes.items() if size == "width")
     heads = shapes["o"][1] // width
     kv_heads = (shapes["qkv"][0] // width - heads) // 2 if "qkv" in shapes else shapes["k"][0] // width
@@ -599,7 +599,7 @@ def geometry(model: nn.Module, block: int) -> Geometry:
     )
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """`(N, K)` of a linear, of a `Conv1D` or of a packed one."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx

@@ -26,14 +26,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pycompress.formats import Rounded, SharedChannels
-from pycompress.groups import ARCHITECTURES, Architecture, Geometry, frequencies
+from pycompress.groups import Architecture, Geometry
 from pycompress.layers import KeptRotary, SharedLinear, SlicedBlock
-from pycompress.resize import resize, slice_block
+from pycompress.skeleton import (
+    SIZES,
+    check_blocks,
+    check_products,
+    check_rotary,
+    check_sliced,
+    resize_blocks,
+    resolve,
+    slice_blocks,
+)
 from pycompress.storage import CODES
 
 METHOD = "pycompress"
 FORMAT_VERSION = 2
-SIZES = ("heads", "kv_heads", "width", "rotary", "mlp")
 SPEC_FIELDS = {
     SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
     Rounded.name: {"bits", "scales", "shape"},
@@ -87,10 +95,10 @@ class PycompressConfig(QuantizationConfigMixin):
             _check_spec(name, spec)
         self.blocks = copy.deepcopy(blocks)
         if blocks is not None:
-            _check_blocks(blocks)
+            check_blocks(blocks)
         self.sliced = copy.deepcopy(sliced)
         if sliced is not None:
-            _check_sliced(sliced)
+            check_sliced(sliced)
 
     def to_dict(self) -> dict[str, Any]:
         optional = ("blocks", "sliced")
@@ -118,10 +126,10 @@ class PycompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         if config.blocks is not None:
-            _resize_blocks(model, config.blocks)
+            resize_blocks(model, config.blocks)
         if config.sliced is not None:
-            _slice_blocks(model, config.sliced)
-        config.modules = {_resolve(model, name): spec for name, spec in config.modules.items()}
+            slice_blocks(model, config.sliced)
+        config.modules = {resolve(model, name): spec for name, spec in config.modules.items()}
         for name, spec in config.modules.items():
             module = model.get_submodule(name)
             if linear_shape(module) != tuple(spec["shape"]):
@@ -147,9 +155,9 @@ class PycompressQuantizer(HfQuantizer):
                 _check_loaded(name, module)
         for name, module in model.named_modules():
             if isinstance(module, KeptRotary):
-                _check_rotary(name, module)
+                check_rotary(name, module)
             if isinstance(module, SlicedBlock):
-                _check_products(name, module)
+                check_products(name, module)
         # The tensors are ordinary floats that train and cast: without this, transformers forbids .half() and .float().
         model.is_quantized = False  # type: ignore[assignment]
 
@@ -331,81 +339,6 @@ def _check_spec(name: str, spec: Spec) -> None:
         raise ValueError(f"{name}: storage must be float, int8 or int4, got {spec['storage']!r}")
 
 
-def _check_blocks(blocks: dict[str, Any]) -> None:
-    if set(blocks) != {"architecture", "biases", *SIZES}:
-        raise ValueError(
-            f"blocks in the pycompress quantization_config has the fields architecture, biases, {', '.join(SIZES)}; "
-            f"got {', '.join(sorted(blocks))}"
-        )
-    if blocks["architecture"] not in ARCHITECTURES:
-        raise ValueError(
-            f"the model is a shrunk {blocks['architecture']}, this pycompress knows {', '.join(ARCHITECTURES)}; "
-            f"upgrade it: pip install --upgrade pycompress"
-        )
-    depths = {len(blocks[size]) for size in SIZES}
-    whole = all(isinstance(n, int) and n >= (size != "rotary") for size in SIZES for n in blocks[size])
-    if len(depths) != 1 or not whole:
-        raise ValueError(f"blocks in the pycompress quantization_config must hold one size a block, got {blocks}")
-
-
-def _check_sliced(sliced: dict[str, Any]) -> None:
-    if set(sliced) != {"architecture", "widths"} or sliced["architecture"] not in ARCHITECTURES:
-        raise ValueError(
-            f"sliced in the pycompress quantization_config has the fields architecture (one of "
-            f"{', '.join(ARCHITECTURES)}) and widths; got {sliced}"
-        )
-    widths = sliced["widths"]
-    if len(widths) % 2 == 0 or not all(width is None or (isinstance(width, int) and width > 0) for width in widths):
-        raise ValueError(f"widths in the pycompress quantization_config must be two a block and one, got {widths}")
-
-
-def _slice_blocks(model: nn.Module, sliced: dict[str, Any]) -> None:
-    """Make the blocks of an empty model those that `config.json` says."""
-    architecture, widths = ARCHITECTURES[sliced["architecture"]], sliced["widths"]
-    found = list(model.get_submodule(_resolve(model, architecture.blocks)).children())
-    if len(widths) != 2 * len(found) + 1:
-        raise ValueError(
-            f"config.json lists {len(widths)} widths of the residual stream, but {type(model).__name__} builds "
-            f"{len(found)} blocks, which have {2 * len(found) + 1}; config.json does not belong to this model"
-        )
-    for index, block in enumerate(found):
-        own = widths[2 * index : 2 * index + 3]
-        if any(width is not None for width in own):
-            slice_block(block, architecture, own, parallel=architecture.parallel(model.config))
-
-
-def _resize_blocks(model: nn.Module, blocks: dict[str, Any]) -> None:
-    """Give the blocks of an empty model the sizes that `config.json` says."""
-    architecture = ARCHITECTURES[blocks["architecture"]]
-    found = list(model.get_submodule(_resolve(model, architecture.blocks)).children())
-    if len(found) != len(blocks["mlp"]):
-        raise ValueError(
-            f"config.json lists the sizes of {len(blocks['mlp'])} blocks, but {type(model).__name__} builds "
-            f"{len(found)}; config.json does not belong to this model"
-        )
-    embedding = None if architecture.rotary is None else model.get_submodule(_resolve(model, architecture.rotary))
-    for index, block in enumerate(found):
-        rotary = 0 if embedding is None else 2 * len(frequencies(embedding, model.config, index))
-        sizes = {size: blocks[size][index] for size in SIZES}
-        hidden, _ = linear_shape(block.get_submodule(architecture.paths["o"])) or (0, 0)
-        geometry = Geometry(**sizes, hidden=hidden, roles=architecture.roles, fused=architecture.fused)
-        biases = [role for role, having in blocks["biases"].items() if index in having]
-        resize(block, architecture, model.config, geometry, index=index, rotary=rotary, biases=biases)
-
-
-def _resolve(model: nn.Module, name: str) -> str:
-    """`name` as this class has it: a base model lacks its causal LM's prefix, and the other way round."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = {module_name for module_name, _ in model.named_modules()}
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in names:
-            return candidate
-    raise ValueError(
-        f"config.json lists the module {name}, but {type(model).__name__} has no such module; "
-        f"config.json does not belong to this model"
-    )
-
-
 def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
     """transformers 5.14 and 5.17 take tensors of any shape into a model that has a quantizer."""
     for name, tensor in model.state_dict().items():
@@ -427,24 +360,6 @@ def _check_loaded(name: str, layer: SharedLinear) -> None:
             raise ValueError(f"{name}.labels must be in [0, {layer.clusters}); the saved files are damaged")
         if key == "channels" and not torch.equal(tensor.cpu().sort().values.long(), torch.arange(len(tensor))):
             raise ValueError(f"{name}.channels must be a permutation; the saved files are damaged")
-
-
-def _check_products(name: str, block: SlicedBlock) -> None:
-    for key, tensor in block.named_parameters():
-        loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
-        if not loaded and key.startswith(("shortcuts.", "projections.")):
-            raise ValueError(f"the saved files lack {name}.{key}; save or download the model again")
-
-
-def _check_rotary(name: str, kept: KeptRotary) -> None:
-    if kept.channels.is_meta:
-        return
-    if not getattr(kept.channels, "_is_hf_initialized", False):
-        raise ValueError(f"the saved files lack {name}.channels; save or download the model again")
-    low, high = kept.channels.cpu().long().chunk(2)
-    ascending = bool((kept.channels.diff() > 0).all()) and int(low[0]) >= 0
-    if not ascending or bool(((high - low) != (high - low)[0]).any()):
-        raise ValueError(f"{name}.channels must be pairs of channels, ascending; the saved files are damaged")
 
 
 register()

@@ -186,6 +186,6 @@ def sliced_class(block_class: Any, architecture: str) -> type[SlicedBlock]:
     return type(block_class.__name__, (SlicedBlock, block_class), own)
 
 
-def _blank(block_class: type[nn.Module], architecture: str) -> SlicedBlock:
+def _blank(block_class: Any, architecture: str) -> SlicedBlock:
     made = sliced_class(block_class, architecture)
     return made.__new__(made)

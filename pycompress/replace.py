@@ -1,4 +1,4 @@
-"""Puts packed weights into a model, one module at a time. Only this file and shrink.py change the user's model."""
+"""Puts packed weights into a model, one module at a time. Only it, shrink.py and rotate.py change a model."""
 
 from __future__ import annotations
 

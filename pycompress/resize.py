@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.groups import KEPT_ROTARY, Architecture, Geometry
+from pycompress.groups import KEPT_ROTARY, Architecture, Geometry, shape_of
 from pycompress.layers import GainlessNorm, KeptRotary, sliced_class
 from pycompress.subnet import Kept
 
@@ -63,7 +63,7 @@ def slice_block(
     """
     made: Any = block
     o = block.get_submodule(architecture.paths["o"])
-    hidden, like = _shape(o)[0], o.get_parameter("weight")
+    hidden, like = shape_of(o)[0], o.get_parameter("weight")
     shortcuts, projections = nn.ModuleList(), nn.ModuleList()
     for number, branch in enumerate(architecture.branches):
         before, after = widths[number], widths[2 if parallel else number + 1]
@@ -80,7 +80,8 @@ def slice_block(
         projections.append(_product(hidden, after or hidden, like) if projected else nn.Identity())
         same = (before is None and after is None) or (parallel and number == 0)
         shortcuts.append(nn.Identity() if same else _product(before or hidden, after or hidden, like))
-    made.__class__ = sliced_class(type(block), architecture.class_name)
+    block_class: Any = type(block)
+    made.__class__ = sliced_class(block_class, architecture.class_name)
     made.parallel, made.shortcuts, made.projections = parallel, shortcuts.train(block.training), projections
 
 
@@ -137,7 +138,7 @@ def _resize_linear(
     block: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, biased: bool = False
 ) -> None:
     module = block.get_submodule(path)
-    rows, columns = _shape(module)
+    rows, columns = shape_of(module)
     shape, bias = (outputs or rows, inputs or columns), biased or module.bias is not None
     if shape != (rows, columns) or bias != (module.bias is not None):
         block.set_submodule(path, _empty(module, shape, bias))
@@ -148,12 +149,6 @@ def _product(inputs: int, outputs: int, like: nn.Parameter) -> nn.Linear:
     made = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=like.dtype)
     made.weight.requires_grad_(like.requires_grad)
     return made
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """`(N, K)` of a linear or of transformers' `Conv1D`."""
-    shape = module.get_parameter("weight").shape
-    return _stored(module, (shape[0], shape[1]))
 
 
 def _stored(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Shrinks a model to a subnet: smaller dense matrices, fewer blocks. Only this file and replace.py change a model."""
+"""Shrinks a model to a subnet: smaller dense matrices, fewer blocks. Only it, rotate.py and replace.py change a model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pycompress.groups import (
     geometry,
     rotary_channels,
 )
+from pycompress.layers import SlicedBlock
 from pycompress.replace import HOOKS
 from pycompress.resize import OwnConfig, keep_rotary, resize, scaled_norm
+from pycompress.skeleton import SIZES
 from pycompress.subnet import Kept, Subnet
 
 # New weight `[N', K']`, or `[width]` of a norm, and bias `[N']` or None for the one that is there.
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
-
-SIZES = ("heads", "kv_heads", "width", "rotary", "mlp")
 
 
 def plain_config(model: nn.Module, subnet: Subnet) -> Any:
@@ -108,6 +108,8 @@ class _Shrinking:
         hub.check_not_quantized(self.model)
         if hub.compressed_modules(self.model):
             raise ValueError("the model has packed modules; shrink the dense model first, then pack it")
+        if any(isinstance(block, SlicedBlock) for block in blocks(self.model)):
+            raise ValueError("the model's blocks are sliced; shrink the dense model first, then slice it")
         found = blocks(self.model)
         if len(self.subnet.blocks) != len(found):
             raise ValueError(f"the subnet has {len(self.subnet.blocks)} blocks, the model {len(found)}")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from pycompress import groups, hub
+from pycompress import groups, hub, skeleton
 from pycompress.groups import KEPT_ROTARY
 from pycompress.shrink import shrink
 
@@ -214,7 +214,7 @@ def test_a_bias_that_the_class_has_not_is_saved(deep_model, draw, tmp_path, toke
         (lambda b: b.update(architecture="Foo"), "is a shrunk Foo, this pycompress knows Llama"),
         (lambda b: b["mlp"].pop(), "must hold one size a block"),
         (lambda b: b["width"].__setitem__(0, 0), "must hold one size a block"),
-        (lambda b: [b[size].pop() for size in hub.SIZES], r"sizes of 2 blocks, but LlamaForCausalLM builds 3"),
+        (lambda b: [b[size].pop() for size in skeleton.SIZES], r"sizes of 2 blocks, but LlamaForCausalLM builds 3"),
         (lambda b: b["mlp"].__setitem__(0, 41), "mismatch"),
     ],
 )

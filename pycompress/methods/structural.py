@@ -38,9 +38,9 @@ class StructuralConfig(ShrinkConfig, abstract=True):
     """What every method that removes channels or blocks is told.
 
     `keep`: as in `ShrinkConfig`. `parts`: of a block, where channels may go: "mlp", "attention" (of every head as
-    many). `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many), those of
-    heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model without
-    pycompress. Raises ValueError on other values.
+    many). `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many),
+    those of heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model
+    without pycompress. Raises ValueError on other values.
     """
 
     parts: tuple[str, ...] = ("mlp",)
