@@ -1,4 +1,4 @@
-"""Shrinks a model to a subnet: smaller dense matrices, fewer blocks. Only it, rotate.py and replace.py change a model."""
+"""Shrinks a model to a subnet: smaller matrices, fewer blocks. Only it, rotate.py and replace.py change a model."""
 
 from __future__ import annotations
 
