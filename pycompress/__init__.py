@@ -19,6 +19,7 @@ from pycompress.methods import (
     Taylor,
     Wanda,
 )
+from pycompress.recover import Recovery, recover
 from pycompress.report import Report
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Magnitude",
     "PruneNet",
     "Random",
+    "Recovery",
     "Report",
     "SliceGPT",
     "SubnetSearch",
@@ -40,4 +42,5 @@ __all__ = [
     "__version__",
     "apply",
     "hub",
+    "recover",
 ]

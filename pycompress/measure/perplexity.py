@@ -42,7 +42,7 @@ def perplexity(
     stride = _checked_stride(model, window, stride, bos)
     total, count = 0.0, 0
     with evaluation(model), torch.inference_mode():
-        _require_known_head(model, ids[:8])
+        require_known_head(model, ids[:8])
         for index, (context, new) in enumerate(_windows(ids, window, stride)):
             if max_windows is not None and index >= max_windows:
                 break
@@ -97,8 +97,11 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor],
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    """A model may scale or shift its logits in a way `head_logits` does not know; then refuse instead of misleading."""
+def require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raise `ValueError` for a model that scales or shifts its logits in a way `head_logits` does not know.
+
+    `tokens [T]`: a few ids to try it on.
+    """
     tokens = tokens[None].to(embedding(model).device)
     expected = model(input_ids=tokens, use_cache=False).logits[0].float()
     got = head_logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
@@ -106,6 +109,6 @@ def _require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
     # NaN is not greater, so a model that gives it passes here and shows it in its perplexity.
     if difference > 1e-2 * scale:
         raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embedding in a way perplexity does not know; "
+            f"{type(model).__name__} changes its logits after the output embedding in a way head_logits does not know; "
             "add it to head_logits in pycompress/measure/perplexity.py"
         )

@@ -1,0 +1,153 @@
+"""What recovery trains of a model: which parameters, in which dtype, behind which adapters; and all put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pycompress import groups, hub
+from pycompress.formats import Rounded
+from pycompress.layers import SharedLinear
+from pycompress.storage import storage_of
+
+ADVICE = 'method="factors" trains what packed layers hold in floats'
+
+
+@contextmanager
+def training_form(
+    model: PreTrainedModel, trained: Sequence[str], whole: bool, lora: tuple[list[str], int] | None
+) -> Iterator[None]:
+    """Make `model` ready to train for the block, and an ordinary model again after it, whatever happened in it.
+
+    `trained`: names of the parameters that train; they are held in float32, with `whole` every float of the model is.
+    `lora`: names of the linears that get adapters, and their rank; they are merged into the linears in the end.
+    Afterwards dtypes, `requires_grad`, training mode and `config.use_cache` are as before.
+    """
+    before = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(model)}
+    modes = {module: module.training for module in model.modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    chosen = set(trained)
+    adapted: Any = None
+    try:
+        for name, tensor in _tensors(model):
+            if tensor.dtype in (torch.bfloat16, torch.float16) and (whole or name in chosen):
+                tensor.data = tensor.data.float()
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(name in chosen)
+        if lora is not None:
+            adapted = add_lora(model, *lora)
+        yield
+    finally:
+        if adapted is not None:
+            adapted.merge_and_unload()
+        for name, tensor in _tensors(model):
+            dtype, requires_grad = before[name]
+            tensor.data = tensor.data.to(dtype)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(requires_grad)
+                tensor.grad = None
+        for module, training in modes.items():
+            module.training = training
+        model.config.use_cache = use_cache
+
+
+def trained_parameters(model: PreTrainedModel, method: str) -> list[str]:
+    """Names of the parameters that train under "full" or "factors"; codes and rounded weights do not.
+
+    Raises `ValueError` where "factors" finds no packed layer, or none that holds floats.
+    """
+    rounded = {f"{name}.weight" for name in _rounded(model)}
+    floats = [name for name, p in model.named_parameters() if p.is_floating_point() and name not in rounded]
+    if method == "full":
+        return floats
+    packed = _packed(model)
+    if not packed:
+        raise ValueError(
+            'the model has no packed layer, so method="factors" has nothing to train; take method="lora" or "full"'
+        )
+    kinds = {storage_of(layer.weight) for layer in packed.values()}
+    if "float" not in kinds:
+        raise ValueError(
+            f"the packed layers hold {' and '.join(sorted(kinds))} codes, which do not train; "
+            f"pack with storage=None before recovery"
+        )
+    return [name for name in floats if name.rpartition(".")[0] in packed]
+
+
+def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[str]:
+    """Names of the linears that `targets` name, roles or patterns; None: every ordinary linear of the blocks.
+
+    Raises `ValueError` for targets that name nothing, a packed layer or a rounded one, and where no linear is ordinary.
+    """
+    names = [linear.name for linear in groups.select(model, targets)]
+    packed = [name for name in names if isinstance(model.get_submodule(name), SharedLinear)]
+    rounded = [name for name in names if name in _rounded(model)]
+    if targets is None:
+        names = [name for name in names if name not in packed and name not in rounded]
+    elif packed:
+        raise ValueError(f"{packed[0]} is packed, and LoRA cannot be merged into it; {ADVICE}")
+    elif rounded:
+        raise ValueError(f"{rounded[0]} holds rounded weights, which LoRA would undo; recover first, then round")
+    if not names:
+        raise ValueError(f'every linear of the blocks is packed or rounded, so method="lora" finds none; {ADVICE}')
+    return names
+
+
+def add_lora(model: PreTrainedModel, names: list[str], rank: int) -> Any:
+    """Put adapters of `rank` on the linears called `names`: `W + 2 B A`, B zero, A random, both in float32.
+
+    Gives peft's model around `model`; everything else is frozen. Reference: arXiv:2106.09685.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    conv1d = isinstance(model.get_submodule(names[0]), Conv1D)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=conv1d)
+    return get_peft_model(model, config)
+
+
+def zeros_of(model: PreTrainedModel, trained: Sequence[str]) -> dict[str, Tensor]:
+    """Where the block linears' weights that train are exactly zero, by parameter name.
+
+    Raises `ValueError` where no weight has a zero.
+    """
+    weights = {f"{linear.name}.weight" for linear in groups.linears(model)} & set(trained)
+    masks = {name: model.get_parameter(name).detach() == 0 for name in sorted(weights)}
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
+    if not masks:
+        raise ValueError("keep_zeros=True, but no weight of the blocks' linears has a zero; leave it False")
+    return masks
+
+
+@contextmanager
+def gradients_masked(model: PreTrainedModel, zeros: dict[str, Tensor]) -> Iterator[None]:
+    """Let no gradient reach what stays zero, so that neither clipping nor the optimizer's moments see it."""
+
+    def masked(mask: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient.masked_fill(mask.to(gradient.device), 0)
+
+    hooks = [model.get_parameter(name).register_hook(masked(mask)) for name, mask in zeros.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _packed(model: nn.Module) -> dict[str, SharedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SharedLinear)}
+
+
+def _rounded(model: nn.Module) -> set[str]:
+    return {name for name, spec in hub.compressed_modules(model).items() if spec["format"] == Rounded.name}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    return chain(model.named_parameters(), model.named_buffers())
