@@ -1,4 +1,4 @@
-"""The command `pycompress`: compress a saved model, measure it, show the demo, say what was built."""
+"""The command `pycompress`: compress a saved model, train it on, measure it, show the demo, say what was built."""
 
 from __future__ import annotations
 
@@ -77,6 +77,54 @@ def compress(
         report.to_json(out / "report.json")
         typer.echo(str(report))
         typer.echo(f"saved in {out}")
+
+
+@app.command()
+def recover(
+    model: ModelFolder,
+    text: Annotated[Path, typer.Argument(help="Text file to train on, cut into windows.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; the steps follow from them.", show_default=False)],
+    method: Annotated[str, typer.Option(help="lora, full or factors.")] = "lora",
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the method's own if not given.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    teacher: Annotated[Path | None, typer.Option(help="Folder of the dense model to learn from too.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16; the GPU decides if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the windows' order and the adapters.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Train a compressed model on, so that it makes up for what it lost, and save it with its tokenizer."""
+    with plain_errors():
+        import pycompress
+
+        passage = _read(text)
+        _make_folder(out)
+        network, tokenizer = _load(model, "cpu", dtype)
+        result = pycompress.recover(
+            network,
+            passage,
+            tokens=tokens,
+            method=method,
+            lr=lr,
+            tokenizer=tokenizer,
+            window=window,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank,
+            teacher=None if teacher is None else _load(teacher, None, dtype)[0],
+            precision=precision,
+            seed=seed,
+            output_dir=checkpoint,
+        )
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun every process has the model
+            network.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            typer.echo(str(result))
+            typer.echo(f"saved in {out}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,9 @@ class Objective(nn.Module):
         self.model = model
         self.distillation = distillation
         self.at_once = max(1, LOGITS_AT_ONCE // len(embedding(model)))
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        # Labels and codes are the same in every process, and DistributedDataParallel cannot send 16-bit integers.
+        self._ddp_params_and_buffers_to_ignore = [name for name, tensor in tensors if not tensor.is_floating_point()]
 
     def __getattr__(self, name: str) -> Any:
         try:

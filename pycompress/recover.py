@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ def recover(
     progress: bool = True,
     train: Any = None,
 ) -> Recovery:
-    """Train a compressed causal LM in place for `tokens` tokens, on transformers' Trainer.
+    """Train a compressed causal LM in place for `tokens` tokens, on transformers' Trainer, also under torchrun.
 
     `dataset`: a text or a list of texts (with a `tokenizer`; cut into windows of `window` ids, the model's BOS before
     each), token windows `[N, T]` int64, or a map-style dataset whose items have `input_ids` `[T]` and may have `labels`
@@ -238,7 +239,14 @@ class _Job:
             "report_to": "none",
             "use_cpu": not torch.accelerator.is_available(),
         }
-        return TrainingArguments(**(own | dict(self.settings.train)))
+        args = TrainingArguments(**(own | dict(self.settings.train)))
+        sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name) or _asked_of_accelerate(name)]
+        if sharding:
+            raise ValueError(
+                f"recover cannot put back a model that {sharding[0]} has sharded; run it under torchrun, where every "
+                f"process holds the whole model"
+            )
+        return args
 
     def resumed(self, folder: Path, rows: list[Row], resume: bool, writes: bool) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go on from, if there is one; `ValueError` for one that is not of this run."""
@@ -343,6 +351,11 @@ def _check_count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value
+
+
+def _asked_of_accelerate(sharding: str) -> bool:
+    """Whether `accelerate launch` asks for it."""
+    return os.environ.get(f"ACCELERATE_USE_{sharding.upper()}", "false").lower() in ("true", "1")
 
 
 def _default_precision() -> str:

@@ -67,21 +67,14 @@ class RecoveryTrainer(Trainer):
             )
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the trained parameters; `state_dict` holds whole ones where the model's are sharded."""
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        whole = {name.removeprefix("model."): tensor for name, tensor in (state_dict or {}).items()}
-        trained = {name: whole.get(name, p.detach()) for name, p in _trained(self.student)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in trained.items()}, folder / TRAINED)
+        save_file({name: p.detach().cpu().contiguous() for name, p in _trained(self.student)}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            if model is not None:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         file = Path(resume_from_checkpoint) / TRAINED
         trained = dict(_trained(self.student))
         try:

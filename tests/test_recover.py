@@ -1,6 +1,7 @@
 """Recovery: what trains and what stays, against autograd and float64 oracles; kills, refusals, round trips."""
 
 import copy
+import gc
 import os
 import signal
 import subprocess
@@ -42,6 +43,14 @@ def loss_of(model, ids):
 
 def weights_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """Each Trainer collects garbage twice, which takes a second where much is imported, unless that is set aside."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -345,10 +354,11 @@ def test_compressed_models_train_fresh_and_reloaded_and_are_saved(packed, deep_m
     assert Trainer(model, args, train_dataset=rows).train().global_step == 1
 
 
-# Runs four recoveries in children that share one import: two are killed, and go on; two are not.
+# Runs recoveries in children that share one import: two are killed, and go on; two are not; then one alone and one on
+# two processes.
 SCRIPT = textwrap.dedent(
     """
-    import importlib.util, os, signal, sys
+    import gc, importlib.util, os, signal, socket, sys
     import torch
     from safetensors.torch import save_file
     spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
@@ -378,6 +388,7 @@ SCRIPT = textwrap.dedent(
         )
         save_file(model.state_dict(), folder + ".safetensors", {"losses": repr(result.losses)})
 
+    gc.freeze()
     save_rng_state = RecoveryTrainer._save_rng_state
     for method, kill in (("lora", "saving"), ("full", "step")):
         for folder, how in ((method, kill), (method, None), (method + "-whole", None)):
@@ -386,6 +397,32 @@ SCRIPT = textwrap.dedent(
                 recover(method, os.path.join(sys.argv[2], folder), how)
                 os._exit(0)
             print(os.waitpid(child, 0)[1])
+
+    def packed(folder, processes):
+        torch.set_num_threads(1)
+        model = tiny.tiny_model("LlamaForCausalLM")
+        tiny.compress_by_hand(model)
+        windows = (torch.arange(17) + torch.arange(40)[:, None]) % 90 + 3
+        pycompress.recover(
+            model, windows, tokens=5 * 68, method="factors", batch_size=4 // processes, lr=3e-3, progress=False
+        )
+        save_file(model.state_dict(), f"{folder}.safetensors")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for name, rank, processes in (("alone", 0, 1), ("rank0", 0, 2), ("rank1", 1, 2)):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            packed(os.path.join(sys.argv[2], name), processes)
+            os._exit(0)
+        children[name] = child
+    for child in children.values():
+        print(os.waitpid(child, 0)[1])
     """
 )
 
@@ -403,7 +440,7 @@ def runs(tmp_path_factory):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.stdout.split() == [str(signal.SIGKILL.value), "0", "0"] * 2, done.stderr
+    assert done.stdout.split() == [str(signal.SIGKILL.value), "0", "0"] * 2 + ["0"] * 3, done.stderr
     return folder
 
 
@@ -416,6 +453,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(method, runs):
         with safe_open(runs / f"{name}.safetensors", "pt") as file:
             losses.append(file.metadata()["losses"])
     assert losses[0] == losses[1]
+
+
+def test_two_processes_train_packed_layers_as_one_does(runs):
+    alone, one, other = (load_file(runs / f"{name}.safetensors") for name in ("alone", "rank0", "rank1"))
+    for name, tensor in alone.items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_checkpoints_hold_what_trains_in_safetensors_and_are_two(runs):
@@ -478,6 +522,7 @@ REFUSALS = [
     (None, {"lora_targets": ["wings"]}, "target 'wings' names no linear"),
     (None, {"train": {"max_steps": 3}}, "train sets max_steps; give recover's own argument tokens instead"),
     (None, {"train": TrainingArguments(learning_rate=1.0)}, "train sets learning_rate; give recover's own argument lr"),
+    (None, {"train": {"fsdp": "full_shard"}}, "a model that fsdp has sharded; run it under torchrun"),
     (None, {"train": 3}, "train must be TrainingArguments or a dict of its fields, got int"),
     (None, {"output_dir": "/dev/null/run"}, "cannot write to /dev/null/run"),
     (None, {"dataset": "a text"}, "texts need a tokenizer"),
