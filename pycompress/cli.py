@@ -99,11 +99,15 @@ def recover(
 ) -> None:
     """Train a compressed model on, so that it makes up for what it lost, and save it with its tokenizer."""
     with plain_errors():
+        import torch
+
         import pycompress
 
         passage = _read(text)
         _make_folder(out)
         network, tokenizer = _load(model, "cpu", dtype)
+        # Under torchrun each process has a GPU of its own.
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         result = pycompress.recover(
             network,
             passage,
@@ -115,7 +119,7 @@ def recover(
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
             lora_rank=lora_rank,
-            teacher=None if teacher is None else _load(teacher, None, dtype)[0],
+            teacher=None if teacher is None else _load(teacher, own, dtype)[0],
             precision=precision,
             seed=seed,
             output_dir=checkpoint,
