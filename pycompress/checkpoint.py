@@ -213,6 +213,14 @@ class Stage:
         return None if found is None else found[0]
 
 
+def forget_recipes(path: str | Path) -> None:
+    """Delete what recipes have finished in a directory; what was measured of the dense model stays for others."""
+    for pattern in ("block-*", "refit-*", "subnet-*", "search-*"):
+        # A description goes before its tensors, so that none is left without them.
+        for file in sorted(Path(path).glob(pattern)):
+            file.unlink(missing_ok=True)
+
+
 def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:
     return {name: known[name] for name in names} if known.keys() >= set(names) else None
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pycompress.files import read_text
+
 app = typer.Typer(
     help="Make causal language models smaller and faster, and measure what it cost.",
     no_args_is_help=True,
@@ -65,7 +67,7 @@ def compress(
         if calibration is not None and text:
             raise typer.BadParameter("give --calibration or --text, not both")
         steps = _recipe(recipe, setting or [])
-        passage = None if calibration is None else _read(calibration)
+        passage = None if calibration is None else read_text(calibration)
         _make_folder(out)
         network, tokenizer = _load(model, device, dtype)
         batches: Any = text or None
@@ -146,7 +148,7 @@ def perplexity(
     with plain_errors():
         from pycompress.measure import perplexity as measure
 
-        passage = _read(text)
+        passage = read_text(text)
         network, tokenizer = _load(model, device, dtype)
         value = measure(network, tokenizer, passage, window, stride, max_windows)
         typer.echo(dumps({"perplexity": value}) if json else f"perplexity {value:.4f}")
@@ -262,15 +264,6 @@ def _recipe(name: str, settings: list[str]) -> Any:
             raise ValueError(f"--set takes name=value, such as keep=0.5; got {setting!r}")
         entry[key] = yaml.safe_load(value)
     return [recipe.from_dict(entry)]
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read the text {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the text {file}: it is not UTF-8") from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what a checkpoint and a search keep."""
+"""Files that are whole or not there, what a checkpoint and a search keep; texts and JSON read with plain errors."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged; delete {file.parent} to start over")
     return content
+
+
+def read_text(file: str | Path) -> str:
+    """A UTF-8 text; `ValueError` where it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the text {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the text {file}: it is not UTF-8") from error

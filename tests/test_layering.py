@@ -43,12 +43,12 @@ TIERS = (
         "widths",
     },
     {"api"},
-    {"recover", "objective", "rows", "trainable", "training", "trajectory", "laws", "sweep", "demo"},
+    {"recover", "objective", "rows", "trainable", "training", "trajectory", "runs", "grid", "laws", "sweep", "demo"},
     {"cli", "__main__", "__init__"},
 )
 KNOW_HUGGING_FACE = {"groups", "replace", "hub"}
 # They run whole models: load, generate, train.
-APPLICATIONS = {"measure", "cli", "demo", "recover", "objective", "rows", "trainable", "training", "trajectory"}
+APPLICATIONS = {"measure", "cli", "demo", "recover", "objective", "rows", "trainable", "training", "sweep", "trajectory"}
 HUGGING_FACE_NAMES = re.compile(r"self_attn|lm_head|embed_tokens|_proj\b|gpt_neox")
 
 
