@@ -26,7 +26,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev,plot]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev,plot,laws]'
 	touch $@
 
 demo: $(INSTALLED)

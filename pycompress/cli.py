@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a saved causal language model.", show_default=False)]
+RunsFolder = Annotated[Path, typer.Argument(help="Folder of a sweep, or its runs.jsonl.", show_default=False)]
+LawName = Annotated[str, typer.Option(help="v1 or v2.")]
 Device = Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -206,6 +208,82 @@ def speed(
             typer.echo(dumps({name: asdict(measured) for name, measured in speeds.items()}, indent=1))
             return
         typer.echo("\n".join(f"{name}\n{measured}" for name, measured in speeds.items()))
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML file of what to measure.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs.", show_default=False)],
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that ended in an error.")] = False,
+    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    workers: Annotated[int, typer.Option(help="Ray workers.")] = 1,
+    device: Device = None,
+) -> None:
+    """Measure every run of a grid, one row a run; the same command goes on after a kill."""
+    with plain_errors():
+        from pycompress import grid as grids
+        from pycompress.sweep import sweep as measure
+
+        plan = grids.load(grid)
+        _make_folder(out)
+        rows = measure(plan, out, retry_failed=retry_failed, executor=executor, workers=workers, device=device)
+        failed = sum(row.error is not None for row in rows)
+        typer.echo(f"{len(rows)} runs in {out}" + (f", {failed} of them failed" if failed else ""))
+
+
+@app.command()
+def laws(
+    runs: RunsFolder,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; RUNS/report.html if not given.")] = None,
+    law: LawName = "v1",
+    unit: Annotated[float, typer.Option(help="Recovery tokens to one of D.")] = 1e6,
+    json: Json = False,
+) -> None:
+    """Fit compression laws to a sweep's runs, print them and write a report page."""
+    with plain_errors():
+        from pycompress import runs as rows
+        from pycompress.laws.page import page
+        from pycompress.laws.summary import summarise
+
+        summary = summarise(rows.load(runs), law, unit)
+        out = out or (runs if runs.is_dir() else runs.parent) / "report.html"
+        _make_folder(out.parent)
+        command = f"pycompress laws {runs} --law {law} --unit {unit:g}"
+        out.write_text(page(summary, f"Compression laws: {', '.join(summary.models)}", command), encoding="utf-8")
+        typer.echo(dumps(summary.to_dict(), indent=1) if json else "\n\n".join(map(str, summary.tables())))
+        typer.echo(f"report in {out}", err=True)
+
+
+@app.command()
+def advise(
+    runs: RunsFolder,
+    max_loss: Annotated[float | None, typer.Option(help="Nats a token on the sweep's test text.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="Over the dense model.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Of the whole model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which, where the runs are of several.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Recovery tokens to choose among; may be repeated.")] = None,
+    phase: Annotated[str, typer.Option(help="What the speed-up is of: decode or prefill.")] = "decode",
+    law: LawName = "v1",
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Look beyond what was measured.")] = False,
+    json: Json = False,
+) -> None:
+    """The method, keep and recovery for a loss, a speed-up or a size, by the laws of a sweep's runs."""
+    with plain_errors():
+        from pycompress import laws as fitted
+        from pycompress import runs as rows
+
+        advice = fitted.advise(
+            rows.load(runs),
+            max_loss=max_loss,
+            min_speedup=min_speedup,
+            max_bytes=max_bytes,
+            model=model,
+            tokens=tokens or None,
+            phase=phase,
+            law=law,
+            extrapolate=extrapolate,
+        )
+        typer.echo(dumps(advice.to_dict(), indent=1) if json else str(advice))
 
 
 @app.command()

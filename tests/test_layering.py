@@ -40,6 +40,7 @@ TIERS = (
         "shrink",
         "skeleton",
         "slicing",
+        "tables",
         "widths",
     },
     {"api"},

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from pycompress.tables import aligned
+
 COLUMNS = ("", "targets MB", "decoder MB", "on disk MB", "perplexity", "prefill tok/s", "decode tok/s")
 
 
@@ -30,13 +32,7 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned text, one line a model, bytes in millions."""
-    cells = [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned([COLUMNS, *(_cells(row) for row in rows)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ class Law:
         at = [c.name for c in self.coefficients].index(FORMS[self.law].ratio)
         # The law is linear in the feature u of the ratio: it reaches the target where slope u is the gap.
         slope, gap = float(values[at]), math.log(sigma * dense) - float(offset + x @ values)
-        crossing = self._inverse(gap / slope)
+        crossing = self._inverse(gap / slope) if slope else -1.0
         start_is_past = gap < 0 if self.quantity == "loss" else gap > 0
         value = min(crossing, 1.0) if crossing >= 0 else 0.0 if start_is_past else 1.0
         low, high = 0.0, 1.0
