@@ -359,7 +359,7 @@ def test_advice_chooses_recovery_too():
         ({"max_loss": -1}, "max_loss must be above 0, got -1"),
         ({"max_loss": 3, "model": "n"}, "model must be one of m, got 'n'"),
         ({"max_loss": 3, "phase": "load"}, "phase must be 'decode' or 'prefill', got 'load'"),
-        ({"max_loss": 3, "law": "v9"}, "law must be one of"),
+        ({"max_loss": 3, "law": "v9"}, "^law must be one of"),
     ],
 )
 def test_advice_refuses_what_it_cannot_use(settings, message):

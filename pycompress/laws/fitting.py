@@ -47,7 +47,8 @@ def fit(
 def fit_methods(
     runs: Iterable[Run], law: str = "v1", quantity: str = "loss", unit: float = 1e6, **settings: Any
 ) -> tuple[dict[str, Law], dict[str, str]]:
-    """A law for each method's runs, and for methods without one the reason why."""
+    """A law for each method's runs, and for methods without one the reason why; settings and errors as of `fit`."""
+    _check(law, unit, settings.get("level", 0.95))
     runs = list(runs)
     laws: dict[str, Law] = {}
     reasons: dict[str, str] = {}
