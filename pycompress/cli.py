@@ -107,7 +107,7 @@ def recover(
 
         import pycompress
 
-        passage = _read(text)
+        passage = read_text(text)
         _make_folder(out)
         network, tokenizer = _load(model, "cpu", dtype)
         # Under torchrun each process has a GPU of its own.

@@ -18,7 +18,7 @@ from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Statistics
 from pycompress.methods.structural import STRUCTURAL, Bar, Group, Member, Refit, Search, Structural, StructuralConfig
-from pycompress.refit import Readers, assign, inputs_and_aims, refit_linear, refit_reader
+from pycompress.refit import Readers, assign, reader_aims, refit_linears, refit_reader, writer_aims
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
 from pycompress.report import Row
@@ -84,9 +84,9 @@ class Pruning:
             raise
 
     def _refit(self, subnet: Subnet, refit: Refit, dense: Stream) -> dict[str, float]:
-        """Refit what reads removed channels, block by block; gives the relative output error of each such linear."""
+        """Refit linears block by block; gives the relative output error of each of them."""
         errors: dict[str, float] = {}
-        at = self._sequential(dense) if refit.sequential else self._on_dense_inputs(subnet, dense, refit)
+        at = self._sequential(dense, refit) if refit.sequential else self._on_dense_inputs(subnet, dense, refit)
         for old in self.bar(subnet.kept_blocks, "refitting"):
             new = subnet.kept_blocks.index(old)
             found = self.saved.load_refit(new)
@@ -123,8 +123,11 @@ class Pruning:
 
         return at
 
-    def _sequential(self, dense: Stream) -> Callable[[int, int, Kept], dict[str, Refitted]]:
-        """What refits a block's readers on what the pruned blocks before it give."""
+    def _sequential(self, dense: Stream, refit: Refit) -> Callable[[int, int, Kept], dict[str, Refitted]]:
+        """What refits a block's linears on what the pruned blocks before it give, in the order they run.
+
+        Each reads what those before it give, refitted.
+        """
         pruned = self._stream()
         counts = zip(dense.hidden, dense.masks, strict=True)
         tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
@@ -133,11 +136,18 @@ class Pruning:
             for stream, position in ((dense, old), (pruned, new)):
                 while stream.position < position:
                     stream.advance()
-            found = {}
-            for role in READERS:
-                linear = self._linear(new, role)
-                error = refit_linear(linear, inputs_and_aims(dense, pruned, self.paths[role]), tokens)
-                found[role] = (dense_weight(linear), error)
+            found: dict[str, Refitted] = {}
+            for stage in self.architecture.stages:
+                path = self.paths[stage.roles[0]]
+                linears = [self._linear(new, role) for role in stage.roles]
+                if stage.roles[0] in READERS:
+                    errors = refit_linears(linears, reader_aims(dense, pruned, path), tokens)
+                elif refit.block:
+                    errors = refit_linears(linears, writer_aims(dense, pruned, path, linears), tokens)
+                else:
+                    continue
+                weights = [dense_weight(linear) for linear in linears]
+                found |= dict(zip(stage.roles, zip(weights, errors, strict=True), strict=True))
             return found
 
         return at
@@ -278,11 +288,21 @@ class Pruning:
         if "mlp" in self.config.parts:
             writers = tuple(member(role, size.channel_rows(role)[:, None]) for role in ("gate", "up") if role in roles)
             found["mlp"] = Group(writers, (member("down", size.channel_columns("down")[:, None]),))
+        for name, index in self._head_indices(size).items():
+            attention = tuple(member(role, index[role]) for role in ("q", "k", "v"))
+            found[name] = Group(attention, (member("o", index["o"]),))
+        return found
+
+    def _head_indices(self, size: Geometry) -> dict[str, dict[str, Tensor]]:
+        """For each part of the heads that is pruned, by role the rows (of o the columns) of each unit, `[U, C]`."""
+        channels = {role: size.channel_rows(role) for role in ("q", "k", "v")} | {"o": size.channel_columns("o")}
+        found = {}
         if "attention" in self.config.parts:
             for name, units in _head_units(size).items():
-                rows = {role: size.channel_rows(role)[:, units].transpose(0, 1).flatten(1) for role in ("q", "k", "v")}
-                columns = size.channel_columns("o")[:, units].transpose(0, 1).flatten(1)
-                found[name] = Group(tuple(member(role, index) for role, index in rows.items()), (member("o", columns),))
+                found[name] = {role: of[:, units].transpose(0, 1).flatten(1) for role, of in channels.items()}
+        # A single one always stays.
+        if "kv_heads" in self.config.parts and size.kv_heads > 1:
+            found["kv_heads"] = {role: of.reshape(size.kv_heads, -1) for role, of in channels.items()}
         return found
 
     def _member(

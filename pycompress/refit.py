@@ -1,16 +1,18 @@
-"""Refits a linear of a shrunk block, so that it gives what it gave in the dense model."""
+"""Refits linears of a shrunk block, so that they give what they gave in the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pycompress.calibrate import Stream
 from pycompress.checkpoint import Stage
-from pycompress.reform import held_out_damping, reform, reform_admm
+from pycompress.reform import held_out_dampings, reform, reform_admm
+from pycompress.replace import dense_weight
 
 # The share of the calibration tokens on which the damping is chosen.
 HELD_OUT = 0.25
@@ -20,56 +22,64 @@ DAMPING = 1e-2
 
 @dataclass
 class Sums:
-    """Of inputs x and aims y over tokens: `gram` x xᵀ `[K', K']`, `cross` y xᵀ `[N, K']`, float64; `energy` of y."""
+    """Of inputs x and the aims y of each linear that reads them, over tokens: `gram` x xᵀ `[K', K']`, `cross` y xᵀ
+    `[N, K']`, float64; `energy` of y.
+    """
 
     gram: Tensor
-    cross: Tensor
-    energy: float
+    cross: list[Tensor]
+    energy: list[float]
     tokens: int
 
     @classmethod
-    def empty(cls, outputs: int, inputs: int) -> Sums:
-        return cls(
-            torch.zeros(inputs, inputs, dtype=torch.float64), torch.zeros(outputs, inputs, dtype=torch.float64), 0.0, 0
-        )
+    def empty(cls, outputs: Sequence[int], inputs: int) -> Sums:
+        gram, *cross = (torch.zeros(rows, inputs, dtype=torch.float64) for rows in (inputs, *outputs))
+        return cls(gram, cross, [0.0] * len(cross), 0)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """`x [T, K']`, `y [T, N]`."""
+    def add(self, x: Tensor, aims: Sequence[Tensor]) -> None:
+        """`x [T, K']`, of each linear `y [T, N]`."""
         self.gram += (x.T @ x).double().cpu()
-        self.cross += (y.T @ x).double().cpu()
-        self.energy += float(y.double().square().sum())
+        for index, y in enumerate(aims):
+            self.cross[index] += (y.T @ x).double().cpu()
+            self.energy[index] += float(y.double().square().sum())
         self.tokens += len(x)
 
     def __add__(self, other: Sums) -> Sums:
-        gram, cross = self.gram + other.gram, self.cross + other.cross
-        return Sums(gram, cross, self.energy + other.energy, self.tokens + other.tokens)
+        cross = [mine + theirs for mine, theirs in zip(self.cross, other.cross, strict=True)]
+        energy = [mine + theirs for mine, theirs in zip(self.energy, other.energy, strict=True)]
+        return Sums(self.gram + other.gram, cross, energy, self.tokens + other.tokens)
 
 
 @torch.no_grad()
-def refit_linear(module: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], tokens: int) -> float:
-    """Refit a linear of a shrunk block; gives its relative output error `‖Ŵ x - y‖ / ‖y‖` on all tokens.
+def refit_linears(
+    modules: Sequence[nn.Module], pairs: Iterable[tuple[Tensor, Sequence[Tensor]]], tokens: int
+) -> list[float]:
+    """Refit linears of a shrunk block that read one input; gives the relative output error `‖Ŵ x - y‖ / ‖y‖` of each,
+    on all tokens.
 
-    `pairs`: inputs `[T, K']` and what the dense linear gave for these tokens `[T, N]`, `tokens` in all. The weight is
-    pulled towards what it was, as strongly as serves tokens that are not fitted.
+    `pairs`: inputs `[T, K']` and for each linear what it should give for these tokens `[T, N]`, `tokens` in all. Each
+    weight is pulled towards what it was, as strongly as serves tokens that are not fitted.
     """
-    weight = module.get_parameter("weight")
-    turned = not isinstance(module, nn.Linear)
-    start = (weight.T if turned else weight).detach().double().cpu()
-    bias = None if module.bias is None else module.get_parameter("bias").detach().float()
-    fitted, held_out = Sums.empty(*start.shape), Sums.empty(*start.shape)
+    starts = [dense_weight(module).double().cpu() for module in modules]
+    biases = [None if module.bias is None else module.get_parameter("bias").detach().float() for module in modules]
+    outputs, inputs = [len(start) for start in starts], starts[0].shape[1]
+    fitted, held_out = Sums.empty(outputs, inputs), Sums.empty(outputs, inputs)
     seen = 0
-    for x, y in pairs:
+    for x, aims in pairs:
         sums = fitted if seen < (1 - HELD_OUT) * tokens else held_out
-        sums.add(x, y if bias is None else y - bias.to(y.device))
+        sums.add(x, [y if bias is None else y - bias.to(y.device) for y, bias in zip(aims, biases, strict=True)])
         seen += len(x)
-    damping = DAMPING
+    dampings = [DAMPING] * len(starts)
     if held_out.tokens:
-        damping = held_out_damping(fitted.gram, fitted.cross, held_out.gram, held_out.cross, start)
+        dampings = held_out_dampings(fitted.gram, fitted.cross, held_out.gram, held_out.cross, starts)
     both = fitted + held_out
-    value = reform(start, both.gram, torch.arange(len(both.gram)), both.cross, damping)
-    stored = assign(module, value).double().cpu()
-    left = both.energy - 2 * float((stored * both.cross).sum()) + float((stored @ both.gram * stored).sum())
-    return (max(left, 0.0) / both.energy) ** 0.5 if both.energy else 0.0
+    errors = []
+    for module, start, cross, energy, damping in zip(modules, starts, both.cross, both.energy, dampings, strict=True):
+        value = reform(start, both.gram, torch.arange(len(both.gram)), cross, damping)
+        stored = assign(module, value).double().cpu()
+        left = energy - 2 * float((stored * cross).sum()) + float((stored @ both.gram * stored).sum())
+        errors.append((max(left, 0.0) / energy) ** 0.5 if energy else 0.0)
+    return errors
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,8 @@ def refit_reader(module: nn.Module, whole: Tensor, moments: Moments, columns: Te
         damping = DAMPING
         if moments.held_out is not None:
             fitted, held_out = (gram.double().cpu()[:, columns] for gram in (moments.fitted, moments.held_out))
-            grams = (fitted[columns], whole @ fitted, held_out[columns], whole @ held_out)
-            damping = held_out_damping(*grams, whole[:, columns])
+            fits = (fitted[columns], [whole @ fitted], held_out[columns], [whole @ held_out])
+            (damping,) = held_out_dampings(*fits, [whole[:, columns]])
         value = reform(whole, total, columns, damping=damping)
     left = whole.clone()
     left[:, columns] -= assign(module, value).double().cpu()
@@ -147,7 +157,19 @@ def assign(module: nn.Module, value: Tensor) -> Tensor:
     return stored if isinstance(module, nn.Linear) else stored.T
 
 
-def inputs_and_aims(dense: Stream, pruned: Stream, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+def reader_aims(dense: Stream, pruned: Stream, path: str) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
     """What the linear at `path` of the pruned block reads, and what the dense one gives for the same tokens."""
     for (_, y), (x, _) in zip(dense.captured(path), pruned.captured(path), strict=True):
-        yield x, y.to(x.device)
+        yield x, (y.to(x.device),)
+
+
+def writer_aims(
+    dense: Stream, pruned: Stream, path: str, modules: Sequence[nn.Module]
+) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    """What the linears that share the input of the one at `path` read in the pruned block, and what they give, as they
+    are, for the dense block's inputs: the dense linears' outputs at the rows that stay.
+    """
+    weights = [dense_weight(module).float() for module in modules]
+    biases = [None if module.bias is None else module.get_parameter("bias").detach().float() for module in modules]
+    for (whole, _), (x, _) in zip(dense.captured(path), pruned.captured(path), strict=True):
+        yield x, [linear(whole.to(x.device), w, bias) for w, bias in zip(weights, biases, strict=True)]

@@ -6,6 +6,8 @@ is a linear system in the Gram matrix of the kept inputs; `reform_admm` is the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,28 +47,31 @@ def reform(
     return torch.cholesky_solve((aimed + ridge * prior).T, factor).T
 
 
-def held_out_damping(
+def held_out_dampings(
     gram: Tensor,
-    cross: Tensor,
+    crosses: Sequence[Tensor],
     held_out_gram: Tensor,
-    held_out_cross: Tensor,
-    towards: Tensor,
+    held_out_crosses: Sequence[Tensor],
+    towards: Sequence[Tensor],
     dampings: tuple[float, ...] = DAMPINGS,
-) -> float:
-    """The damping whose refit on sums over some tokens errs least on those of others.
+) -> list[float]:
+    """For each matrix the damping whose refit on sums over some tokens errs least on those of others.
 
-    `gram [K', K']` of x xᵀ, `cross [N, K']` of y xᵀ, sums over the tokens that are fitted; `held_out_gram` and
-    `held_out_cross` those over the others. `towards [N, K']`: as in `reform`.
+    `gram [K', K']` of x xᵀ, for each matrix a `cross [N, K']` of y xᵀ, sums over the tokens that are fitted;
+    `held_out_gram` and `held_out_crosses` those over the others. `towards`: for each `[N, K']`, as in `reform`.
     """
     inner, vectors = torch.linalg.eigh(gram.double())
-    prior, aimed, held = towards.double(), held_out_cross.double(), held_out_gram.double()
-    ridge = float(inner.mean())
-    residual = (cross.double() - prior @ gram.double()) @ vectors
-    errors = []
-    for damping in dampings:
-        fitted = prior + (residual / (inner + damping * ridge)) @ vectors.T
-        errors.append(float(((fitted @ held - 2 * aimed) * fitted).sum()))
-    return dampings[min(range(len(dampings)), key=errors.__getitem__)]
+    held, ridge = held_out_gram.double(), float(inner.mean())
+    chosen = []
+    for cross, held_out, start in zip(crosses, held_out_crosses, towards, strict=True):
+        prior, aimed = start.double(), held_out.double()
+        residual = (cross.double() - prior @ gram.double()) @ vectors
+        errors = []
+        for damping in dampings:
+            fitted = prior + (residual / (inner + damping * ridge)) @ vectors.T
+            errors.append(float(((fitted @ held - 2 * aimed) * fitted).sum()))
+        chosen.append(dampings[min(range(len(dampings)), key=errors.__getitem__)])
+    return chosen
 
 
 def compensation(weight: Tensor, mean: Tensor, kept: Tensor) -> Tensor:

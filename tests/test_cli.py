@@ -61,14 +61,14 @@ def test_compress_saves_a_model_that_loads_and_scores(saved):
     assert call("perplexity", out, "--text", saved / "text.txt", "--window", 64, "--device", "cpu").exit_code == 0
 
 
-def test_recover_trains_on_and_saves(saved):
+def test_recover_trains_on_and_saves(saved, byte_tokenizer):
     out, text = saved / "out", saved / "text.txt"
     settings = ("--window", 32, "--batch-size", 2, "--lr", 0.01, "--tokens", 66 * 7, "--teacher", saved / "model")
     result = call("recover", saved / "model", text, "-o", out, *settings, "--checkpoint", saved / "run")
     assert result.exit_code == 0, result.stderr
     assert "462 tokens in" in result.stdout
     before, after = (
-        perplexity(AutoModelForCausalLM.from_pretrained(f), byte_tokenizer(), TEXT, 64) for f in (saved / "model", out)
+        perplexity(AutoModelForCausalLM.from_pretrained(f), byte_tokenizer, TEXT, 64) for f in (saved / "model", out)
     )
     assert after < before
 

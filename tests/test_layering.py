@@ -49,7 +49,8 @@ TIERS = (
 )
 KNOW_HUGGING_FACE = {"groups", "replace", "hub"}
 # They run whole models: load, generate, train.
-APPLICATIONS = {"measure", "cli", "demo", "recover", "objective", "rows", "trainable", "training", "sweep", "trajectory"}
+RECOVERY = {"recover", "objective", "rows", "trainable", "training"}
+APPLICATIONS = {"measure", "cli", "demo", "sweep", "trajectory"} | RECOVERY
 HUGGING_FACE_NAMES = re.compile(r"self_attn|lm_head|embed_tokens|_proj\b|gpt_neox")
 
 

@@ -10,9 +10,10 @@ import torch
 
 import pycompress
 from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, PruneNet, Random, SubnetSearch, Taylor, Wanda, prune
-from pycompress.groups import architecture_of, blocks
+from pycompress.groups import architecture_of, blocks, geometry
 from pycompress.hub import added_biases
 from pycompress.replace import dense_weight
+from pycompress.shrink import shrink
 
 IDS = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 METHODS = {
@@ -27,6 +28,8 @@ METHODS = {
     "phi": SubnetSearch(0.8, round_to=8, importance="phi", allocation="uniform"),
     "admm": SubnetSearch(0.8, round_to=8, reform="admm"),
     "sequential": SubnetSearch(0.8, round_to=8, sequential=True),
+    "every linear": SubnetSearch(0.8, round_to=8, sequential=True, refit="block"),
+    "kv heads": SubnetSearch(0.75, round_to=8, parts=("mlp", "kv_heads")),
     "heads too": SubnetSearch(0.8, round_to=8, parts=("mlp", "attention")),
     "layers": LayerDrop(0.8),
     "last layers": LayerDrop(0.8, order="last"),
@@ -64,30 +67,152 @@ def test_every_method_on_every_architecture(tiny_model, architecture, name, tmp_
         assert torch.equal(again(IDS).logits, logits)
 
 
+def captured(model, path):
+    """Inputs and outputs of a linear for the calibration tokens, `[T, K]` and `[T, N]`."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    with torch.inference_mode():
+        model(IDS)
+    handle.remove()
+    return [tensor.flatten(0, 1).double().numpy() for tensor in seen[0]]
+
+
+def distance_to_ridge(got, x, y, start):
+    """How far `got` is from what lstsq gives for the nearest of the dampings, relative to the largest weight."""
+
+    def solved(damping):
+        ridge = math.sqrt(damping * np.mean(np.sum(x**2, 0)))
+        inputs = np.concatenate([x, ridge * np.eye(x.shape[1])])
+        return np.linalg.lstsq(inputs, np.concatenate([y, ridge * start.T]), rcond=None)[0].T
+
+    found = min(np.abs(got - solved(damping)).max() for damping in (1e-4, 1e-3, 1e-2, 1e-1, 1.0))
+    return found / np.abs(got).max()
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The subnets that pruning has come to."""
+    found = []
+
+    def spy(model, subnet, *args, **kwargs):
+        found.append(subnet)
+        return shrink(model, subnet, *args, **kwargs)
+
+    monkeypatch.setattr(prune, "shrink", spy)
+    return found
+
+
 def test_refit_is_the_least_squares_solution(tiny_model):
     """`down` of the first block on the dense inputs, solved from the inputs themselves."""
     model = tiny_model("LlamaForCausalLM", mlp_bias=False)
     dense = copy.deepcopy(model)
-    seen = []
-    handle = dense.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
-    with torch.inference_mode():
-        dense(IDS)
-    handle.remove()
-    x, y = (t.flatten(0, 1).double().numpy() for t in seen[0])
+    x, y = captured(dense, "model.layers.0.mlp.down_proj")
     pycompress.apply(model, SubnetSearch(0.8, round_to=8), IDS, progress=False)
     up, small = model.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight
     kept = [int((small == row).all(1).nonzero()) for row in up]
     start = dense.model.layers[0].mlp.down_proj.weight.detach().double().numpy()[:, kept]
     got = model.model.layers[0].mlp.down_proj.weight.detach().double().numpy()
 
-    def solved(damping):
-        ridge = math.sqrt(damping * np.mean(np.sum(x[:, kept] ** 2, 0)))
-        inputs = np.concatenate([x[:, kept], ridge * np.eye(len(kept))])
-        return np.linalg.lstsq(inputs, np.concatenate([y, ridge * start.T]), rcond=None)[0].T
-
-    closest = min(np.abs(got - solved(damping)).max() for damping in (1e-4, 1e-3, 1e-2, 1e-1, 1.0))
-    assert closest < 1e-4 * np.abs(got).max()
+    assert distance_to_ridge(got, x[:, kept], y, start) < 1e-4
     assert np.abs(got - start).max() > 1e-2 * np.abs(got).max()
+
+
+@pytest.mark.parametrize(
+    ("role", "path"),
+    [
+        ("q", "model.layers.1.self_attn.q_proj"),
+        ("v", "model.layers.1.self_attn.v_proj"),
+        ("up", "model.layers.1.mlp.up_proj"),
+    ],
+)
+def test_every_linear_aims_at_what_its_rows_gave(tiny_model, chosen, role, path):
+    """Refitted on the inputs that the pruned model gives it, to the dense model's outputs at the rows that stay."""
+    dense, model = tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
+    sizes = {"parts": ("mlp", "attention"), "round_to": 8, "allocation": "uniform"}
+    config = SubnetSearch(0.6, sequential=True, refit="block", **sizes)
+    pycompress.apply(model, config, IDS, progress=False)
+    block = int(path.split(".")[2])
+    rows = geometry(dense, block).rows(role, chosen[0].blocks[block])
+    assert len(rows) < len(dense.get_submodule(path).weight)
+    # The softmax scale of whole heads is in the queries.
+    width = model.model.layers[block].self_attn.head_dim
+    fold = math.sqrt(width / 16) if role == "q" else 1.0
+    y = fold * captured(dense, path)[1][:, rows]
+    x, _ = captured(model, path)
+    got, start, bias = (
+        tensor.detach().double().numpy()
+        for tensor in (
+            model.get_submodule(path).weight,
+            dense.get_submodule(path).weight[rows],
+            model.get_submodule(path).bias,
+        )
+    )
+    assert distance_to_ridge(got, x, y - bias, fold * start) < 1e-4
+    assert np.abs(got - fold * start).max() > 1e-2 * np.abs(got).max()
+
+
+def test_every_linear_refitted_brings_the_outputs_nearer(tiny_model):
+    dense = tiny_model("Qwen3ForCausalLM", num_hidden_layers=4)
+    with torch.inference_mode():
+        expected = dense(IDS).logits
+    errors = {}
+    for refit in ("readers", "block"):
+        model = tiny_model("Qwen3ForCausalLM", num_hidden_layers=4)
+        config = SubnetSearch(0.6, parts=("mlp", "attention"), round_to=8, sequential=True, refit=refit)
+        pycompress.apply(model, config, IDS, progress=False)
+        with torch.inference_mode():
+            errors[refit] = float((model(IDS).logits - expected).norm())
+    assert errors["block"] < errors["readers"]
+
+
+EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("parts", [("mlp", "kv_heads"), ("kv_heads",)], ids=str)
+@pytest.mark.parametrize("method", [Magnitude, Random, Wanda, Taylor, FLAP, SubnetSearch])
+def test_whole_key_value_heads_go(tiny_model, chosen, tmp_path, method, parts):
+    """What is left gives what the dense model does with the columns of o and down at zero that read what is gone."""
+    dense, model = tiny_model("LlamaForCausalLM", **EIGHT_HEADS), tiny_model("LlamaForCausalLM", **EIGHT_HEADS)
+    total = weights_of(dense)
+    settings = {"reform": "none", "allocation": "uniform"}
+    config = method(0.84, parts=parts, round_to=8, **(settings if method is SubnetSearch else {}))
+    pycompress.apply(model, config, IDS, progress=False)
+    assert 0.84 * total - 2 * 3 * 64 * 8 <= weights_of(model) <= 0.84 * total or parts == ("kv_heads",)
+    with torch.no_grad():
+        for kept, old, new in zip(chosen[0].blocks, dense.model.layers, model.model.layers, strict=True):
+            heads = range(4) if kept.kv_heads is None else kept.kv_heads.tolist()
+            assert len(new.self_attn.q_proj.weight) == 2 * len(new.self_attn.k_proj.weight) == 2 * 8 * len(heads)
+            for head in set(range(4)) - set(heads):
+                old.self_attn.o_proj.weight[:, 16 * head : 16 * (head + 1)] = 0
+            if kept.mlp is not None:
+                gone = sorted(set(range(96)) - set(kept.mlp.tolist()))
+                old.mlp.down_proj.weight[:, gone] = 0
+            for reader in ("self_attn.o_proj", "mlp.down_proj"):
+                # FLAP's means are in the biases.
+                old.get_submodule(reader).bias.copy_(new.get_submodule(reader).bias)
+        assert any(kept.kv_heads is not None for kept in chosen[0].blocks)
+        logits = model(IDS).logits
+        torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(type(model).from_pretrained(tmp_path).eval()(IDS).logits, logits)
+
+
+def test_a_key_value_head_counts_all_of_its_rows_and_columns(tiny_model, chosen):
+    """Magnitude keeps the heads whose weights, those of their queries included, have the largest sums of squares."""
+    model = tiny_model("LlamaForCausalLM", **EIGHT_HEADS)
+    with torch.no_grad():
+        scale = torch.tensor([1.0, 0.9, 1.1, 0.8]).repeat_interleave(16)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(scale)
+    attention = [block.self_attn for block in model.model.layers]
+    expected = []
+    for block in attention:
+        q, k, v = (block.get_submodule(f"{role}_proj").weight.detach().double().square().sum(1) for role in "qkv")
+        o = block.o_proj.weight.detach().double().square().sum(0)
+        expected.append((sum(part.view(4, -1).sum(1) for part in (q, k, v, o))).numpy())
+    pycompress.apply(model, Magnitude(0.85, parts="kv_heads"), progress=False)
+    for kept, sums in zip(chosen[0].blocks, expected, strict=True):
+        assert kept.kv_heads.tolist() == sorted(np.argsort(sums)[-len(kept.kv_heads) :])
+        assert 0 < len(kept.kv_heads) < 4
 
 
 def test_refit_brings_the_outputs_nearer(tiny_model):
@@ -105,16 +230,12 @@ def test_refit_brings_the_outputs_nearer(tiny_model):
 
 def test_flap_puts_the_mean_of_what_is_gone_into_a_bias(tiny_model):
     model, dense = tiny_model("MistralForCausalLM"), tiny_model("MistralForCausalLM")
-    seen = []
-    handle = dense.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    with torch.inference_mode():
-        dense(IDS)
-    handle.remove()
+    inputs, _ = captured(dense, "model.layers.0.mlp.down_proj")
     pycompress.apply(model, FLAP(0.7, round_to=8), IDS, progress=False)
     rows = dense.model.layers[0].mlp.up_proj.weight
     kept = [int((rows == row).all(1).nonzero()) for row in model.model.layers[0].mlp.up_proj.weight]
     gone = [channel for channel in range(len(rows)) if channel not in kept]
-    mean = seen[0].flatten(0, 1).double().mean(0)[gone]
+    mean = torch.from_numpy(inputs.mean(0))[gone]
     expected = dense.model.layers[0].mlp.down_proj.weight.double()[:, gone] @ mean
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.bias.double(), expected, rtol=1e-4, atol=1e-5)
     assert added_biases(model) == {"down": [0, 1]}
@@ -143,11 +264,11 @@ def test_an_error_leaves_the_model_as_it_was(tiny_model, monkeypatch):
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("recipe", ["search", "sequential"])
+@pytest.mark.parametrize("recipe", ["search", "sequential", "every linear"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tmp_path, recipe):
     whole = tiny_model("LlamaForCausalLM")
     pycompress.apply(whole, METHODS[recipe], IDS, progress=False)
-    step = "refit_linear" if recipe == "sequential" else "refit_reader"
+    step = "refit_linears" if recipe == "sequential" else "refit_reader"
     original, calls = getattr(prune, step), []
 
     def stops(*args, **settings):
@@ -214,6 +335,13 @@ def test_settings_are_checked():
         SubnetSearch(importance="phi", allocation="loss")
     with pytest.raises(ValueError, match="candidates"):
         SubnetSearch(uniform=True, candidates=3)
+    for wrong in ({}, {"sequential": True, "reform": "admm"}, {"sequential": True, "reform": "none"}):
+        with pytest.raises(ValueError, match="needs sequential=True"):
+            SubnetSearch(refit="block", **wrong)
+    with pytest.raises(ValueError, match="one of the two"):
+        Wanda(parts=("attention", "kv_heads"))
+    with pytest.raises(ValueError, match="kv_heads"):
+        SubnetSearch(parts=("mlp", "kv_heads"), candidates=3)
     assert dataclasses.asdict(SubnetSearch(parts="mlp"))["parts"] == ("mlp",)
 
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pycompress.reform import compensation, held_out_damping, reform, reform_admm
+from pycompress.reform import compensation, held_out_dampings, reform, reform_admm
 
 TOKENS, N, K = 600, 12, 32
 KEPT = torch.tensor([0, 1, 3, 4, 7, 8, 9, 12, 13, 15, 18, 20, 21, 25, 26, 28, 29, 30, 31])
@@ -88,8 +88,12 @@ def test_held_out_damping_is_the_best_of_them(inputs, weight):
     for damping in dampings:
         ridge = damping * float(few[:, KEPT].square().mean())
         errors.append(error(weight, solved(few[:, KEPT], few @ weight.T, ridge, weight[:, KEPT]), many))
-    fitted, held_out = ((x[:, KEPT].T @ x[:, KEPT], (x @ weight.T).T @ x[:, KEPT]) for x in (few, many))
-    chosen = held_out_damping(*fitted, *held_out, weight[:, KEPT], dampings)
+    # The other matrix keeps its weight whatever the damping: what it aims at is what it gives.
+    fitted, held_out = (
+        (x[:, KEPT].T @ x[:, KEPT], [(x @ weight.T).T @ x[:, KEPT], weight[:, KEPT] @ x[:, KEPT].T @ x[:, KEPT]])
+        for x in (few, many)
+    )
+    chosen, _ = held_out_dampings(*fitted, *held_out, [weight[:, KEPT]] * 2, dampings)
     assert chosen == dampings[int(np.argmin(errors))]
     assert 1e-4 < chosen < 1e2
 

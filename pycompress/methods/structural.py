@@ -14,7 +14,7 @@ from pycompress.search import Evolution
 
 # What scores may be measured from, beside the weights.
 NEEDS = ("gram", "mean", "saliency", "covariance", "influence")
-PARTS = ("mlp", "attention")
+PARTS = ("mlp", "attention", "kv_heads")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class ShrinkConfig(Config, abstract=True):
 class StructuralConfig(ShrinkConfig, abstract=True):
     """What every method that removes channels or blocks is told.
 
-    `keep`: as in `ShrinkConfig`. `parts`: of a block, where channels may go: "mlp", "attention" (of every head as
-    many). `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many),
-    those of heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model
-    without pycompress. Raises ValueError on other values.
+    `keep`: as in `ShrinkConfig`. `parts`: of a block, where units may go: "mlp" (channels), and either "attention"
+    (channels, of every head as many) or "kv_heads" (whole key-value heads, each with the query heads that read it).
+    `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many), those of
+    heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model without
+    pycompress. Raises ValueError on other values.
     """
 
     parts: tuple[str, ...] = ("mlp",)
@@ -53,6 +54,10 @@ class StructuralConfig(ShrinkConfig, abstract=True):
         object.__setattr__(self, "parts", (self.parts,) if isinstance(self.parts, str) else tuple(self.parts))
         if not self.parts or set(self.parts) - set(PARTS):
             raise ValueError(f"{self.name}.parts must be one or more of {', '.join(PARTS)}, got {self.parts}")
+        if {"attention", "kv_heads"} <= set(self.parts):
+            raise ValueError(
+                f'{self.name}.parts: "attention" narrows heads and "kv_heads" drops whole ones; give one of the two'
+            )
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Refit:
-    """What makes up for removed units, in the linears that read them.
+    """What makes up for removed units, in the linears that read them or in every linear of the block (`block`).
 
     `kind`: "weights" (least squares, `reform.reform`), "admm" (`reform.reform_admm`), "bias" (`reform.compensation`).
     `sequential`: inputs are those of the pruned blocks before, else the dense model's.
@@ -100,6 +105,7 @@ class Refit:
 
     kind: str = "weights"
     sequential: bool = False
+    block: bool = False
 
 
 @dataclass(frozen=True)

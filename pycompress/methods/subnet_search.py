@@ -15,6 +15,7 @@ from pycompress.search import Evolution
 IMPORTANCES = ("elimination", "phi")
 ALLOCATIONS = ("uniform", "loss")
 REFORMS = ("exact", "admm", "none")
+REFITS = ("readers", "block")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class SubnetSearch(StructuralConfig):
     others have made up for them; "phi" takes the paper's scores, which look at each channel alone. `allocation`:
     "uniform" keeps the same share of every block, "loss" spends one budget where the elimination's error says it saves
     most. `reform`: "exact" least squares, "admm" the paper's iteration, "none". `sequential`: refit on the inputs that
-    the pruned blocks give, else on the dense model's.
+    the pruned blocks give, else on the dense model's. `refit`: "readers" are the linears that read removed channels,
+    "block" every linear, the others towards what their remaining rows gave in the dense model; it needs `sequential`,
+    because on dense inputs they give that already.
 
     From there evolution goes on, by the perplexity of refitted candidates on the first `samples` calibration tokens, a
     share `positions` of which is scored. `candidates`: how many it may try, 0 for none, None for as many as the
@@ -40,6 +43,7 @@ class SubnetSearch(StructuralConfig):
     allocation: str = "loss"
     reform: str = "exact"
     sequential: bool = False
+    refit: str = "readers"
     candidates: int | None = 0
     seconds: float | None = None
     samples: int = 2048
@@ -64,6 +68,12 @@ class SubnetSearch(StructuralConfig):
         self.check_choice("importance", *IMPORTANCES)
         self.check_choice("allocation", *ALLOCATIONS)
         self.check_choice("reform", *REFORMS)
+        self.check_choice("refit", *REFITS)
+        if self.refit == "block" and not (self.sequential and self.reform == "exact"):
+            raise ValueError(
+                'SubnetSearch(refit="block") needs sequential=True and reform="exact": on the dense inputs the linears '
+                'before o and down already give what they gave; set both, or refit="readers"'
+            )
         if self.importance == "phi" and self.allocation == "loss":
             raise ValueError('SubnetSearch(allocation="loss") needs importance="elimination", which knows the loss')
         self.check_count("candidates", 0)
@@ -74,6 +84,10 @@ class SubnetSearch(StructuralConfig):
         if self.candidates != 0 and self.uniform:
             raise ValueError(
                 "SubnetSearch(uniform=True) has one width for all blocks and nothing to search; candidates=0"
+            )
+        if self.candidates != 0 and "kv_heads" in self.parts:
+            raise ValueError(
+                'SubnetSearch searches widths of MLPs and heads, not parts="kv_heads"; leave that out, or candidates=0'
             )
         _search(self)
 
@@ -101,7 +115,9 @@ def _phi(group: Group) -> Tensor:
 def _refit(config: SubnetSearch) -> Refit | None:
     if config.reform == "none":
         return None
-    return Refit("weights" if config.reform == "exact" else "admm", config.sequential and config.reform == "exact")
+    if config.reform == "admm":
+        return Refit("admm")
+    return Refit("weights", config.sequential, config.refit == "block")
 
 
 def _search(config: SubnetSearch) -> Search | None:
