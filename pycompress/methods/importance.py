@@ -104,13 +104,15 @@ def eliminate(
         chosen, rest = ranked[:, :removed], ranked[:, removed:].sort(1).values
         order.append(left.gather(1, chosen))
         gone, stay = _gather(columns, chosen).flatten(), _gather(columns, rest).flatten()
-        factor = torch.linalg.cholesky(inverted[gone][:, gone])
-        solved = torch.cholesky_solve(inverted[gone], factor)
-        step_error = float(torch.linalg.solve_triangular(factor, felt[:, gone].T, upper=False).square().sum())
+        lost = inverted[gone]
+        factor = torch.linalg.cholesky(lost[:, gone])
+        solved = torch.cholesky_solve(lost, factor)[:, stay]
+        felt_lost = felt[:, gone]
+        step_error = float(torch.linalg.solve_triangular(factor, felt_lost.T, upper=False).square().sum())
         share = torch.arange(1, removed + 1, dtype=torch.float64) / removed
         error.append(error[-1][-1] + step_error * share)
-        felt = felt[:, stay] - felt[:, gone] @ solved[:, stay]
-        inverted = inverted[stay][:, stay] - inverted[stay][:, gone] @ solved[:, stay]
+        felt = felt[:, stay].sub_(felt_lost @ solved)
+        inverted = inverted[stay[:, None], stay].sub_(inverted[stay[:, None], gone] @ solved)
         left = left.gather(1, rest)
         columns = torch.arange(len(stay), device=weight.device).view(sets, -1, width)
     order.append(left)
@@ -130,6 +132,8 @@ def _felt(weight: Tensor, sensitivity: Tensor | None) -> Tensor:
 
 def _costs(felt: Tensor, inverted: Tensor, columns: Tensor) -> Tensor:
     """Error of removing each unit (`columns [U, C]`) alone, `[U]`."""
+    if columns.shape[1] == 1:
+        return (felt * (felt * (1 / inverted.diagonal()))).sum(0)[columns[:, 0]]
     own = felt[:, columns].permute(1, 2, 0)
     solved = torch.linalg.solve(inverted[columns[:, :, None], columns[:, None, :]], own)
     return (own * solved).sum((1, 2))
