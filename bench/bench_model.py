@@ -1,7 +1,8 @@
-"""Decode and prefill of a Llama of 1.1 billion parameters in bf16: dense, dense by our kernel, and compressed.
+"""Decode and prefill of a Llama of 1.1 billion parameters in bf16: dense, dense by our kernel, compressed, and pruned.
 
 Weights are random and the compressed layers are put in place directly: speed does not depend on the numbers. The head
-is never compressed and runs by our dense kernel in every model but the plain one.
+is never compressed and runs by our dense kernel in every model but the plain ones. A pruned model has the same share of
+the MLP channels and of each head's channels in every block, and is an ordinary model of transformers.
 """
 
 import copy
@@ -13,10 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
+from pycompress.groups import blocks, geometry
 from pycompress.layers import SharedLinear
 from pycompress.measure.speed import Generation
 from pycompress.ops import subnet_linear
+from pycompress.shrink import shrink
 from pycompress.storage import BLOCK, width_of
+from pycompress.subnet import Kept, Subnet
+from pycompress.widths import Budget
 
 SIZES = {
     "hidden_size": 2048,
@@ -36,6 +41,8 @@ COMPRESSED = {
     "keep 0.1, int8": (0.1, "int8"),
     "keep 0.1, int4": (0.1, "int4"),
 }
+# Kept parameters of the decoder's matrices, of the model as it is and with our kernel for its linears.
+PRUNED = {f"pruned, keep {keep}{kernel}": keep for keep in (0.8, 0.5, 0.3) for kernel in ("", ", our kernel")}
 BITS = {"float": 16, "int8": 8, "int4": 4.25}
 
 
@@ -74,9 +81,14 @@ def random_layer(linear, keep, storage):
     return layer
 
 
+def twin(model):
+    """The same model once more, on the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def with_linears(model, make):
     """The model with other linear layers; what stays is shared, not copied."""
-    other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    other = twin(model)
     for name, module in list(other.named_modules()):
         if isinstance(module, nn.Linear):
             other.set_submodule(name, make(name, module))
@@ -108,11 +120,28 @@ def dense_model():
 
 
 @cache
+def pruned_model(keep):
+    """The first channels of every MLP and the first pairs of every head: speed does not depend on which."""
+    model = twin(dense_model())
+    sizes = [geometry(model, block) for block in range(len(blocks(model)))]
+    kept = []
+    for size in Budget(sizes, keep, ("mlp", "attention"), round_to=64).by_share():
+        pairs = torch.arange(size.rotary // 2)
+        qk = torch.cat([pairs, pairs + sizes[0].rotary // 2])[None]
+        kept.append(Kept(torch.arange(size.mlp), qk, torch.arange(size.width).expand(size.kv_heads, -1)))
+    shrink(model, Subnet(tuple(kept)), plain=True)
+    return model
+
+
+@cache
 def model_of(who):
     if who == "dense F.linear":
         return dense_model()
     if who == "dense, our kernel":
         return with_linears(dense_model(), lambda name, linear: Dense(linear))
+    if who in PRUNED:
+        model = pruned_model(PRUNED[who])
+        return with_linears(model, lambda name, linear: Dense(linear)) if who.endswith("our kernel") else model
     return with_linears(
         dense_model(),
         lambda name, linear: Dense(linear) if name == "lm_head" else random_layer(linear, *COMPRESSED[who]),
@@ -123,6 +152,7 @@ def model_of(who):
 def _models_go_with_the_module():
     yield
     model_of.cache_clear()
+    pruned_model.cache_clear()
     dense_model.cache_clear()
 
 
@@ -146,10 +176,10 @@ def same_logits(a, b):
 @pytest.mark.parametrize(
     ("phase", "who"),
     [
-        *(("decode", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED)),
+        *(("decode", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED)),
         # Up to a minute of compiling each.
         *(("compiled decode", who) for who in ("dense, our kernel", "keep 0.1")),
-        *(("prefill", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED)),
+        *(("prefill", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED)),
     ],
 )
 def test_model(race, phase, who):
@@ -159,7 +189,10 @@ def test_model(race, phase, who):
         run = Generation(model, 1, PROMPT, NEW_TOKENS * (ROUNDS + 1), compile=phase == "compiled decode")
         run.restart()
         run.prefill()
-        assert phase != "decode" or who != "dense, our kernel" or same_logits(dense_model(), model)
+        if phase == "decode" and who.endswith("our kernel"):
+            assert same_logits(
+                model_of("dense F.linear" if who.startswith("dense") else who.removesuffix(", our kernel")), model
+            )
 
     @torch.inference_mode()
     def decode():

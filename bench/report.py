@@ -219,7 +219,7 @@ def _draw_speedup(figure: Figure, rows: list[Row]) -> None:
             asked = [(float(row.keep or 1), row.asked) for row in line if row.asked is not None]
             axis.plot(*zip(*asked, strict=True), "s", markerfacecolor="none", color=colour) if asked else None
         axis.axhline(1, color="0.7", linewidth=1)
-        axis.set(title=work, xlabel="keep (squares: asked)", ylabel="speed-up", ylim=(0, None), xlim=(0, 0.6))
+        axis.set(title=work, xlabel="keep (squares: asked)", ylabel="speed-up", ylim=(0, None), xlim=(0, 1))
         axis.legend(fontsize="small", frameon=False)
 
 

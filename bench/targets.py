@@ -35,6 +35,7 @@ SHARED = r"bf16, {} tokens?, 4096x11008, keep [\d.]+, share (output|input): pyco
 CODED = r"bf16, 1 token, 4096x11008: (pycompress|int4, whole matrix)"
 SUBNET = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
 DECODE = r"decode of \d+ tokens, Llama of 1.1B in bf16: keep [\d.]+"
+PRUNED = r"{} of \d+ tokens, Llama of 1.1B in bf16: pruned, keep [\d.]+{}"
 KMEANS = r"k-means, 4096 points of 4096, k=512: pycompress"
 LLOYD = r"\d+ Lloyd iterations, 4096 points of 4096, k=512: pycompress"
 LOWRANK = r"rank 128 of 4096x11008.*: pycompress"
@@ -56,6 +57,11 @@ COMPARISONS = (
     Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
     Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", {"0.1": 5}),
+    *(
+        Comparison(f"{phase}, pruned", "cpu", PRUNED.format(phase, kernel), peer, {"0.8": 1.15, "0.5": 1.7, "0.3": 2.6})
+        for phase in ("decode", "prefill")
+        for kernel, peer in ((", our kernel", "dense, our kernel"), ("", "dense F.linear"))
+    ),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "scikit-learn", 30),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "faiss", 5),
     Comparison("Lloyd, an iteration, k=512", "cpu", LLOYD, "pycompress on points", 6),
