@@ -190,13 +190,12 @@ def test_slicing_what_the_loss_feels_least_changes_the_loss_less(tiny_model):
     assert errors["loss"] < 0.9 * errors["none"]
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.7])
-def test_kept_parameters_are_counted_with_the_products(deep_model, architecture, keep):
-    model = deep_model(architecture)
+def test_kept_parameters_are_counted_with_the_products(tiny_model, architecture):
+    model = tiny_model(architecture)
     dense = weights_in(model)
-    report = pycompress.apply(model, SliceGPT(keep, round_to=1), IDS, progress=False)
+    report = pycompress.apply(model, SliceGPT(0.8, round_to=1, weighting="none"), IDS, progress=False)
     assert report.targets.keep == pytest.approx(weights_in(model) / dense)
-    assert keep - 0.03 < report.targets.keep <= keep
+    assert 0.77 < report.targets.keep <= 0.8
     assert str(report).count("shortcuts.") == sum(p.startswith("shortcuts") for p in _products(model))
 
 
@@ -222,8 +221,9 @@ def test_the_widest_stream_that_fits_is_taken(deep_model):
     assert weights_in(model) == kept(width)
 
 
-def test_padding_counts_for_nothing(tiny_model, architecture):
-    plain, padded = tiny_model(architecture), tiny_model(architecture)
+@pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "OPTForCausalLM"])
+def test_padding_counts_for_nothing(tiny_model, class_name):
+    plain, padded = tiny_model(class_name), tiny_model(class_name)
     pycompress.apply(plain, SliceGPT(0.8), [row[None] for row in IDS[:4]], progress=False)
     ids = torch.cat([IDS[:4], torch.zeros(4, 5, dtype=torch.long)], 1)
     batch = {"input_ids": ids, "attention_mask": torch.cat([torch.ones(4, 24), torch.zeros(4, 5)], 1).long()}
@@ -270,8 +270,8 @@ def test_an_error_after_slicing_undoes_it(tiny_model, monkeypatch, first):
     assert not hasattr(model, "hf_quantizer")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(deep_model, monkeypatch, tmp_path):
-    whole, model = deep_model("LlamaForCausalLM"), deep_model("LlamaForCausalLM")
+def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tmp_path):
+    whole, model = (tiny_model("LlamaForCausalLM", num_hidden_layers=3) for _ in range(2))
     pycompress.apply(whole, SliceGPT(0.8), IDS, progress=False)
     original, calls = slicing.principal, []
 
@@ -285,7 +285,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(deep_model, monkeypatch, tm
     with pytest.raises(KeyboardInterrupt):
         pycompress.apply(model, SliceGPT(0.8), IDS, checkpoint=tmp_path, progress=False)
     pycompress.apply(model, SliceGPT(0.8), IDS, checkpoint=tmp_path, progress=False)
-    assert len(calls) == 4 + 7 - 2  # the first block's two bases are on file
+    assert len(calls) == 4 + 5 - 2  # the first block's two bases are on file
     assert same(state(model), state(whole))
 
 
@@ -298,8 +298,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(deep_model, monkeypatch, tm
     ],
     ids=["then SWSC", "after a search", "after uniform pruning"],
 )
-def test_it_combines_with_other_methods(tiny_model, architecture, recipe, tmp_path):
-    model = tiny_model(architecture)
+@pytest.mark.parametrize("class_name", ["GPT2LMHeadModel", "Gemma3ForCausalLM", "Qwen2ForCausalLM"])
+def test_it_combines_with_other_methods(tiny_model, class_name, recipe, tmp_path):
+    model = tiny_model(class_name)
     dense = weights_in(model)
     report = pycompress.apply(model, recipe, IDS, progress=False)
     expected = np.prod([config.keep for config in recipe])
@@ -352,7 +353,7 @@ REFUSED = {
     "before pruning": ([SliceGPT(0.8), Wanda(0.8)], "Wanda takes no sliced blocks; put SliceGPT after it"),
     "twice": ([SliceGPT(0.9), SliceGPT(0.9)], "takes no sliced blocks"),
     "after packing": ([RTN(8), SliceGPT(0.8)], "put SliceGPT first"),
-    "too small": (SliceGPT(0.05), "keeps at least 0.1.* at 8 of 64 directions, got keep=0.05"),
+    "too small": (SliceGPT(0.05), "keeps at least 0.348 .* at 8 of 64 directions, got keep=0.05"),
 }
 
 
