@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pycompress import _ext, groups
@@ -222,3 +228,63 @@ def draw_fixture() -> Callable[..., Subnet]:
 def shrink_case(request: pytest.FixtureRequest) -> str:
     """The name of each way to shrink a model in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def save_expected(token_ids: torch.Tensor) -> Callable[[transformers.PreTrainedModel, Path], None]:
+    """Saves a model in a directory, with the logits and the text that it gives."""
+
+    def save(model: transformers.PreTrainedModel, directory: Path) -> None:
+        model.save_pretrained(directory)
+        with torch.no_grad():
+            expected = {"ids": token_ids, "logits": model(token_ids).logits}
+        expected["text"] = model.generate(token_ids, max_new_tokens=4, do_sample=False, use_cache=False)
+        save_file(expected, directory / "expected")
+
+    return save
+
+
+RELOAD = """
+import json, sys
+from pathlib import Path
+if sys.argv[2] == "with":
+    import pycompress
+else:
+    sys.modules["pycompress"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+outcome = {}
+for directory in Path(sys.argv[1]).iterdir():
+    expected = load_file(directory / "expected")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    except Exception as error:
+        outcome[directory.name] = f"{type(error).__name__}: {error}"
+        continue
+    with torch.no_grad():
+        found = {"logits": torch.equal(model(expected["ids"]).logits, expected["logits"])}
+    for cache in ("dynamic", "static") if sys.argv[2] == "with" else ("dynamic",):
+        text = model.generate(expected["ids"], max_new_tokens=4, do_sample=False, cache_implementation=cache)
+        found[cache] = torch.equal(text, expected["text"])
+    outcome[directory.name] = [name for name, equal in found.items() if not equal] + [k for k, v in info.items() if v]
+print(json.dumps(outcome))
+"""
+
+
+@pytest.fixture(scope="session")
+def reload_all() -> Callable[[Path, str], dict[str, list[str] | str]]:
+    """Loads every model of a directory in a new process, "with" or "without" pycompress.
+
+    Gives by name what differs from what `save_expected` noted, or the error.
+    """
+
+    def run(root: Path, how: str) -> dict[str, list[str] | str]:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-c", RELOAD, str(root), how]
+        done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,28 +25,15 @@ def _is_plain(class_name, case):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, deep_model, draw, every_architecture, token_ids) -> Path:
+def saved(tmp_path_factory, deep_model, draw, every_architecture, save_expected) -> Path:
     """Every architecture shrunk in every way and saved, one directory each, with its logits and what it generates."""
     root = tmp_path_factory.mktemp("shrunk")
     for class_name in every_architecture:
         for case in CASES:
             model = deep_model(class_name)
             shrink(model, draw(model, case))
-            directory = root / f"{class_name}-{case}"
-            model.save_pretrained(directory)
-            with torch.no_grad():
-                expected = {"ids": token_ids, "logits": model(token_ids).logits}
-            expected["text"] = model.generate(token_ids, max_new_tokens=4, do_sample=False, use_cache=False)
-            save_file(expected, directory / "expected")
+            save_expected(model, root / f"{class_name}-{case}")
     return root
-
-
-def _run(script: str, *args: object) -> str:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", script, *map(str, args)]
-    done = subprocess.run(command, env=env, cwd=args[0], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _logits(model, token_ids):
@@ -57,43 +41,14 @@ def _logits(model, token_ids):
         return model(token_ids).logits
 
 
-RELOAD = """
-import json, sys
-from pathlib import Path
-if sys.argv[2] == "with":
-    import pycompress
-else:
-    sys.modules["pycompress"] = None
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
-outcome = {}
-for directory in Path(sys.argv[1]).iterdir():
-    expected = load_file(directory / "expected")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    except Exception as error:
-        outcome[directory.name] = f"{type(error).__name__}: {error}"
-        continue
-    with torch.no_grad():
-        found = {"logits": torch.equal(model(expected["ids"]).logits, expected["logits"])}
-    for cache in ("dynamic", "static") if sys.argv[2] == "with" else ("dynamic",):
-        text = model.generate(expected["ids"], max_new_tokens=4, do_sample=False, cache_implementation=cache)
-        found[cache] = torch.equal(text, expected["text"])
-    outcome[directory.name] = [name for name, equal in found.items() if not equal] + [k for k, v in info.items() if v]
-print(json.dumps(outcome))
-"""
-
-
-def test_a_new_process_restores_every_model_bit_for_bit_and_generates_the_same(saved):
-    outcome = _run(RELOAD, saved, "with")
+def test_a_new_process_restores_every_model_bit_for_bit_and_generates_the_same(saved, reload_all):
+    outcome = reload_all(saved, "with")
     assert set(outcome) == {directory.name for directory in saved.iterdir()}
     assert {name: found for name, found in outcome.items() if found} == {}
 
 
-def test_where_pycompress_is_not_installed_plain_models_load_and_others_never_do(saved, every_architecture):
-    outcome = _run(RELOAD, saved, "without")
+def test_where_pycompress_is_not_installed_plain_models_load_and_others_never_do(saved, every_architecture, reload_all):
+    outcome = reload_all(saved, "without")
     plain = {f"{name}-{case}" for name in every_architecture for case in CASES if _is_plain(name, case)}
     assert len(plain) == 4 * 9 - 7
     for name, found in outcome.items():
