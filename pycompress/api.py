@@ -28,7 +28,7 @@ from pycompress.plan import Plan, Step, plan
 from pycompress.prune import Pruning
 from pycompress.recipe import Config, Recipe
 from pycompress.replace import Undo, dense_weight, replace
-from pycompress.report import Report, Row, Total
+from pycompress.report import DROPPED, Report, Row, Total
 from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
 from pycompress.slicing import Slicing
@@ -99,6 +99,7 @@ class _Job:
     def prune(self, configs: list[ShrinkConfig]) -> list[Row]:
         """Shrink the model by one structural method after the other; rows of what it is then made of."""
         rows: dict[str, Row] = {}
+        dropped: list[Row] = []
         for count, config in enumerate(configs, start=1):
             stage = self.saved.stage(configs[:count])
             runner = Slicing if isinstance(config, SliceGPT) else Pruning
@@ -107,8 +108,12 @@ class _Job:
             self.shrunk.append(undo)
             self.searches += [] if work.result is None else [work.result]
             # Bytes before are those of the dense model.
-            rows |= {row.name: replace_field(row, before=rows.get(row.name, row).before) for row in found}
-        return list(rows.values())
+            found = [
+                replace_field(row, before=rows.get(work.origins.get(row.name, row.name), row).before) for row in found
+            ]
+            dropped += [row for row in found if row.format == DROPPED]
+            rows = {row.name: row for row in found if row.format != DROPPED}
+        return [*rows.values(), *dropped]
 
     def undo_all(self) -> None:
         """Put the model back as it was."""

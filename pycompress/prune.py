@@ -21,7 +21,7 @@ from pycompress.methods.structural import STRUCTURAL, Bar, Group, Member, Refit,
 from pycompress.refit import Readers, assign, reader_aims, refit_linears, refit_reader, writer_aims
 from pycompress.reform import compensation
 from pycompress.replace import dense_weight
-from pycompress.report import Row
+from pycompress.report import DROPPED, Row
 from pycompress.search import Result
 from pycompress.sensitivity import loss_covariance, weight_saliency
 from pycompress.shrink import shrink
@@ -60,6 +60,8 @@ class Pruning:
         self.means: dict[tuple[int, str], Tensor] = {}
         self.grams: list[Tensor] = []
         self.result: Result | None = None
+        # What the linears of the rows are called in the model as it was given.
+        self.origins: dict[str, str] = {}
 
     def run(self) -> tuple[list[Row], Callable[[], None]]:
         refit = self.refit
@@ -370,10 +372,13 @@ class Pruning:
         for old in range(len(self.sizes)):
             for role in self.paths:
                 if old not in subnet.kept_blocks:
-                    rows.append(Row(self._name(old, role), old, "dropped", before[old, role], 0, 0, float("nan"), 0.0))
+                    name = f"{DROPPED} {self._name(old, role)}"
+                    self.origins[name] = self._name(old, role)
+                    rows.append(Row(name, old, DROPPED, before[old, role], 0, 0, float("nan"), 0.0))
                     continue
                 new = subnet.kept_blocks.index(old)
                 name = self._name(new, role)
+                self.origins[name] = self._name(old, role)
                 weight = dense_weight(self.model.get_submodule(name))
                 after = weight.numel() * weight.element_size()
                 kind = f"dense {weight.shape[0]}x{weight.shape[1]}"

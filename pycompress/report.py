@@ -10,6 +10,9 @@ from typing import Any
 
 from pycompress.search import Result
 
+# The format of a linear whose block is gone.
+DROPPED = "dropped"
+
 
 @dataclass(frozen=True)
 class Row:

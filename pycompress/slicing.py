@@ -47,6 +47,7 @@ class Slicing:
         self.parallel = self.architecture.parallel(self.model.config)
         self.dense = blocks(self.model)
         self.result: Result | None = None
+        self.origins: dict[str, str] = {}  # linears keep their names
         check_sliceable(self.model)
 
     def run(self) -> tuple[list[Row], Callable[[], None]]:

@@ -268,7 +268,7 @@ def test_an_error_leaves_the_model_as_it_was(tiny_model, monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tmp_path, recipe):
     whole = tiny_model("LlamaForCausalLM")
     pycompress.apply(whole, METHODS[recipe], IDS, progress=False)
-    step = "refit_linears" if recipe == "sequential" else "refit_reader"
+    step = "refit_reader" if recipe == "search" else "refit_linears"
     original, calls = getattr(prune, step), []
 
     def stops(*args, **settings):
@@ -288,14 +288,29 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tm
     assert same(state(model), state(whole))
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_the_report_counts_blocks_that_are_gone_wherever_they_were(tiny_model, monkeypatch, gone):
+    def influence(stream):
+        return torch.tensor([float(block != gone) for block in range(3)])
+
+    monkeypatch.setattr(prune, "block_influence", influence)
+    for recipe, keep in ([LayerDrop(0.7)], 2 / 3), ([LayerDrop(0.7), Magnitude(0.8, round_to=8)], 2 / 3 * 0.8):
+        model = tiny_model("LlamaForCausalLM", num_hidden_layers=3)
+        dense = weights_of(model)
+        report = pycompress.apply(model, recipe, IDS, progress=False)
+        assert report.targets.before == 4 * dense
+        assert report.targets.after == 4 * weights_of(model) <= keep * 4 * dense + 1
+        assert sum(row.format == "dropped" for row in report.rows) == 7
+
+
 def test_a_structural_method_below_another(tiny_model, tmp_path):
     model = tiny_model("LlamaForCausalLM", num_hidden_layers=3)
     dense = weights_of(model)
     recipe = [LayerDrop(0.7), SubnetSearch(0.8, round_to=8), SWSC(0.5)]
     report = pycompress.apply(model, recipe, IDS, checkpoint=tmp_path / "run", progress=False)
     assert len(model.model.layers) == 2
-    assert report.targets.before == 4 * dense * 2 // 3
-    assert report.targets.after <= 0.5 * 0.8 * report.targets.before + 1
+    assert report.targets.before == 4 * dense
+    assert report.targets.after <= 0.5 * 0.8 * 2 / 3 * report.targets.before + 1
     model.save_pretrained(tmp_path / "saved")
     again = type(model).from_pretrained(tmp_path / "saved").eval()
     with torch.inference_mode():

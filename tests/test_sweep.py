@@ -39,6 +39,8 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+import pycompress
+
 
 def recover(model, text, *, tokens, method, lr, tokenizer, window, batch_size, seed, output_dir, progress):
     generator = torch.Generator().manual_seed(seed + tokens)

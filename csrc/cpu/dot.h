@@ -14,7 +14,8 @@ void widen_all(const T *from, int64_t count, float *to) {
   for (; i < count; ++i) to[i] = widen(from[i]);
 }
 
-inline int64_t padded(int64_t count) { return round_up(count, PAIR); }
+// Room of a prepared vector: the most that one load of a matrix takes, which is two blocks of int4, may begin in it.
+inline int64_t padded(int64_t count) { return round_up(count, 64); }
 
 // Products in float. Vectors are widened beforehand, into the order in which load_pair brings a row: evens then odds of
 // each PAIR for Bf16, natural otherwise; zeros fill the last PAIR.
