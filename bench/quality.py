@@ -124,7 +124,9 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, st
         kept = MEASURED / state / ("weights" if calibration is None else "calibrated")
         report = pycompress.apply(model, config, calibration, checkpoint=kept, progress=False)
         keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
-        facts = {"recipe": config.to_dict(), **keeps, "modules": [(row.name, row.format) for row in report.rows]}
+        facts = {"recipe": config.to_dict(), **keeps}
+        if not isinstance(config, StructuralConfig):
+            facts["modules"] = [(row.name, row.format) for row in report.rows]
     seconds = time.perf_counter() - start
     facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)
     if config is None or isinstance(config, (SubnetSearch, FLAP)):
