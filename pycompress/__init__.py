@@ -21,6 +21,7 @@ from pycompress.methods import (
 )
 from pycompress.recover import Recovery, recover
 from pycompress.report import Report
+from pycompress.trajectory import TrajectoryTracker
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "SliceGPT",
     "SubnetSearch",
     "Taylor",
+    "TrajectoryTracker",
     "Wanda",
     "__version__",
     "apply",

@@ -1,0 +1,245 @@
+"""Weight evolution along training: how large each weight was, later records counting more (arXiv:2502.17071)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from pycompress.files import write_whole
+
+# What wrappers put before a module's name.
+WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
+
+
+class TrajectoryTracker(TrainerCallback):
+    """Records weight magnitudes while a model trains, and weighs them up to an importance.
+
+    After record n, `importance()` gives for each tracked weight, of its shape and in float32,
+    `Σ_{l=0..k} |w(n-l)| (n-l) / Σ_{l=0..k} (n-l)`: the weight's own unit, later records counting more.
+
+    A callback of `transformers.Trainer`, or `tracker.update(model)` in a loop of one's own. `every`: "epoch", or a
+    number of optimiser steps between two records. `window`: k, how many records before the last count; None for all of
+    them, which takes one float32 sum a weight; k takes k + 1 copies of the weights in their dtype. `signed`: averages
+    the weights themselves, and takes the magnitude of the average. `targets`: patterns over module names, as in
+    "*.q_proj"; None for every linear layer. `storage`: "device" keeps records where the weights are, "cpu" in memory,
+    any other value is a folder for memory-mapped files.
+
+    The Trainer's checkpoints carry the records (`trajectory-….safetensors`) and resuming from one goes on with them.
+    Each process of a sharded run records its own shards. Raises ValueError for settings out of range, for targets that
+    match nothing, and for weights whose shape is another than at the first record.
+
+    Reference: arXiv:2502.17071.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        every: str | int = "epoch",
+        signed: bool = False,
+        targets: str | Sequence[str] | None = None,
+        storage: str | Path = "device",
+    ) -> None:
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
+            raise ValueError(f"window must be None for all records or an integer of at least 0, got {window!r}")
+        if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f'every must be "epoch" or a number of steps of at least 1, got {every!r}')
+        self.window = window
+        self.every = every
+        self.signed = signed
+        self.targets = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
+        self.storage = storage
+        self.count = 0
+        self._kept: dict[str, Tensor] = {}
+        self._whole: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Record the weights as they are now."""
+        found = dict(self._weights(model))
+        if not found:
+            asked = "no linear layer" if self.targets is None else f"no linear layer that matches {self.targets}"
+            raise ValueError(f"the model has {asked}; give targets as patterns over its modules' names")
+        for name, weight in found.items():
+            kept = self._kept.get(name)
+            if kept is not None and kept.shape[1:] != weight.shape:
+                raise ValueError(f"{name} has shape {list(weight.shape)} and had {list(kept.shape[1:])} when recorded")
+        self.count += 1
+        for name, weight in found.items():
+            kept = self._kept.get(name)
+            if kept is None:
+                kept = self._buffer(name, weight)
+            elif self.storage == "device":
+                kept = kept.to(weight.device)
+            self._kept[name] = kept
+            self._record(kept, weight)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Importance of each tracked weight by module name, float32, sharded weights put together."""
+        if not self.count:
+            raise ValueError("nothing has been recorded yet; call update(model) or train with the tracker first")
+        return {name: self._whole.get(name, _same)(self._importance(kept)) for name, kept in self._kept.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the records to `folder`, a file a process."""
+        settings = {"window": self.window, "every": self.every, "signed": self.signed, "targets": self.targets}
+        facts = {"count": self.count, **settings}
+        tensors = {name: kept.contiguous() for name, kept in self._kept.items()}
+        write_whole(_file(Path(folder)), save(tensors, {"trajectory": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, folder: str | Path, storage: str | Path = "device") -> TrajectoryTracker:
+        """A tracker with the records that `save` wrote. Raises ValueError where there are none."""
+        file = _file(Path(folder))
+        with _opened(file) as tensors:
+            facts = json.loads(tensors.metadata()["trajectory"])
+        count = facts.pop("count")
+        tracker = cls(**facts, storage=storage)
+        tracker._read(file, count)
+        return tracker
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the checkpoint's records."""
+        self._whole.clear()
+        if state.global_step == 0:
+            self.count, self._kept = 0, {}
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        given = args.resume_from_checkpoint
+        if isinstance(given, str) and _file(Path(given)).exists():
+            folder = Path(given)
+        if not _file(folder).exists():
+            warnings.warn(f"{folder} holds no trajectory: records begin at step {state.global_step}", stacklevel=2)
+            return
+        with _opened(_file(folder)) as tensors:
+            facts = json.loads(tensors.metadata()["trajectory"])
+        known = {"window": self.window, "every": self.every, "signed": self.signed}
+        differ = [name for name, value in known.items() if facts[name] != value]
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"the trajectory in {folder} was recorded with {name}={facts[name]!r}, "
+                f"this tracker has {name}={known[name]!r}; set it to the former to go on"
+            )
+        self._read(_file(folder), facts["count"])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every == "epoch":
+            self.update(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every != "epoch" and state.global_step % int(self.every) == 0:
+            self.update(kwargs["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.count:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Tracked weights by plain module name, shards as local tensors."""
+        for name, module in model.named_modules():
+            plain = _plain(name)
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                continue
+            if self.targets is not None and not any(fnmatchcase(plain, target) for target in self.targets):
+                continue
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or weight.ndim != 2:
+                raise ValueError(
+                    f"{plain} holds no weight matrix of its own, as under FSDP with flat parameters; "
+                    f"train with use_orig_params or FSDP2 to follow it"
+                )
+            if isinstance(weight, DTensor):
+                self._whole[plain] = partial(_gathered, weight)
+                weight = weight.to_local()
+            yield plain, weight.detach()
+
+    def _buffer(self, name: str, weight: Tensor) -> Tensor:
+        """Room for the records of one weight: a sum `[1, *shape]`, or a ring `[window + 1, *shape]`."""
+        shape = (1 if self.window is None else self.window + 1, *weight.shape)
+        dtype = torch.float32 if self.window is None else weight.dtype
+        if self.storage in ("device", "cpu"):
+            device = weight.device if self.storage == "device" else torch.device("cpu")
+            return torch.zeros(shape, dtype=dtype, device=device)
+        folder = Path(self.storage)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}{_rank_suffix()}.bin"
+        return torch.from_file(str(file), shared=True, size=int(torch.Size(shape).numel()), dtype=dtype).view(shape)
+
+    def _record(self, kept: Tensor, weight: Tensor) -> None:
+        if self.window is not None:
+            kept[self.count % len(kept)].copy_(weight)
+            return
+        if self.count == 1:
+            kept.zero_()
+        value = weight if self.signed else weight.abs()
+        kept[0].add_(value.to(kept.device, torch.float32), alpha=self.count)
+
+    def _importance(self, kept: Tensor) -> Tensor:
+        if self.window is None:
+            total, weights = kept[0], self.count * (self.count + 1) / 2
+            return total.abs() / weights
+        records = range(max(1, self.count - self.window), self.count + 1)
+        total = torch.zeros(kept.shape[1:], dtype=torch.float32, device=kept.device)
+        for record in records:
+            value = kept[record % len(kept)]
+            total.add_((value if self.signed else value.abs()).float(), alpha=record)
+        return total.abs_() / sum(records)
+
+    def _read(self, file: Path, count: int) -> None:
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                value = tensors.get_tensor(name)
+                if self.storage in ("device", "cpu"):
+                    self._kept[name] = value
+                else:
+                    self._kept[name] = self._buffer(name, value[0])
+                    self._kept[name].copy_(value)
+        self.count = count
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _gathered(like: DTensor, part: Tensor) -> Tensor:
+    """The whole of a value of which `part` is this process' shard, cut as `like` is."""
+    whole = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return whole.full_tensor()
+
+
+def _plain(name: str) -> str:
+    """A module's name in the model that was wrapped."""
+    name = f"{name}."
+    for wrapper in WRAPPERS[:2]:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(WRAPPERS[2]).removesuffix(".")
+
+
+def _rank_suffix() -> str:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    return f"-{torch.distributed.get_rank() + 1:05d}-of-{world:05d}" if distributed and world > 1 else ""
+
+
+def _file(folder: Path) -> Path:
+    return folder / f"trajectory{_rank_suffix()}.safetensors"
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} holds no trajectory: {error}") from error
