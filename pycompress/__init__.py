@@ -21,7 +21,6 @@ from pycompress.methods import (
 )
 from pycompress.recover import Recovery, recover
 from pycompress.report import Report
-from pycompress.trajectory import TrajectoryTracker
 
 __version__ = "0.1.0"
 
@@ -39,7 +38,6 @@ __all__ = [
     "SliceGPT",
     "SubnetSearch",
     "Taylor",
-    "TrajectoryTracker",
     "Wanda",
     "__version__",
     "apply",
