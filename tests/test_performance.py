@@ -66,7 +66,21 @@ def test_the_recorded_page_is_what_the_recorded_results_give(report):
     found = report.machines(report.RESULTS)
     assert report.PAGE.read_text(encoding="utf-8") == report.render(found), "stale: run `make performance`"
     drawn = {f"{machine.stem}-{name}.svg" for machine in found for name in report.plots(machine)}
-    assert drawn == {file.name for file in (report.PAGE.parent / "img").glob("*.svg")}
+    assert drawn | {report.quality_report.PLOT.name} == {f.name for f in (report.PAGE.parent / "img").glob("*.svg")}
+
+
+def test_the_quality_page_and_readme_are_what_the_recorded_rows_give(report):
+    quality = report.quality_report
+    content = json.loads(quality.RESULTS.read_text(encoding="utf-8"))
+    assert quality.PAGE.read_text(encoding="utf-8") == quality.render(content), "stale: run `make performance`"
+    readme = (quality.ROOT / "README.md").read_text(encoding="utf-8")
+    for mark, block in ("quality", quality.packed(content["rows"])), ("pruned", quality.pruned(content["rows"])):
+        assert quality.put(readme, mark, block) == readme, "stale: run `make performance`"
+
+
+def test_the_best_of_a_column_is_bold(report):
+    table = report.quality_report.table(["method", "keep"], {"a": [2.0], "b": [1.5], "c": [None]}, "column")
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["2.00", "**1.50**", ""]
 
 
 def test_met_missed_and_unmeasured_targets_are_all_on_the_page(report, results):
