@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -32,6 +31,8 @@ from pycompress.executor import open_executor
 from pycompress.files import read_json, read_text, write_whole
 from pycompress.grid import Grid, Spec, digest
 from pycompress.measure import compare_speed, perplexity, token_windows
+from pycompress.measure.tasks import evaluate
+from pycompress.recover import recover
 from pycompress.report import Report
 from pycompress.runs import Run
 
@@ -100,10 +101,6 @@ class Worker:
         self.dense: _Dense | None = None
         self.compressed: _Compressed | None = None
         self.slots: dict[str, tuple[Path, IO[str]]] = {}
-        # A missing part is said before hours of work.
-        self.evaluate = import_module("pycompress.measure.tasks").evaluate if grid.tasks.names else None
-        recovering = any(spec.recovery_tokens for spec in grid.specs())
-        self.recover = import_module("pycompress.recover").recover if recovering else None
 
     def __call__(self, spec: Spec) -> Run:
         """The row of a run; an error in it is part of the row."""
@@ -189,11 +186,10 @@ class Worker:
 
     def _recover(self, model: PreTrainedModel, dense: _Dense, spec: Spec) -> int:
         """Fine-tune in place, going on from a killed run's own checkpoints; gives the tokens seen."""
-        assert self.recover is not None
         assert self.grid.recovery.text is not None
         place = self.folder / "recovery" / spec.key
         settings = {name: spec.recovery[name] for name in ("method", "lr", "window", "batch_size")}
-        recovered = self.recover(
+        recovered = recover(
             model,
             read_text(self.grid.recovery.text),
             tokens=spec.recovery_tokens,
@@ -223,9 +219,9 @@ class Worker:
         value = perplexity(model, tokenizer, read_text(test.text), test.window, max_windows=test.windows)
         if not math.isfinite(value):
             raise ValueError(f"the loss on the test text is not finite: its perplexity is {value}")
-        if self.evaluate is None:
+        if not tasks.names:
             return math.log(value), {}
-        found = self.evaluate(model, tokenizer, tasks.names, data_dir=tasks.data, limit=tasks.limit, progress=False)
+        found = evaluate(model, tokenizer, tasks.names, data_dir=tasks.data, limit=tasks.limit, progress=False)
         return math.log(value), {name: _accuracy(task) for name, task in found.items()}
 
     def _slot(self, stem: str) -> Path:

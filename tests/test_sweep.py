@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import pycompress
 from pycompress import sweep as sweeping
 from pycompress.grid import Spec, load
-from pycompress.measure import perplexity, token_windows
+from pycompress.measure import perplexity, tasks, token_windows
+from pycompress.recover import recover
 from pycompress.runs import FILE, Run
 from pycompress.runs import load as load_runs
 from pycompress.sweep import sweep, time_left
@@ -34,12 +35,11 @@ GRID = {
 }
 # Recovery and tasks stand in for what takes minutes: one moves every float parameter, the other reads one weight.
 STAND_INS = """
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 
-import pycompress
+from pycompress import sweep as sweeping
 
 
 def recover(model, text, *, tokens, method, lr, tokenizer, window, batch_size, seed, output_dir, progress):
@@ -56,17 +56,15 @@ def evaluate(model, tokenizer, names, data_dir=None, *, limit=None, progress=Tru
     return {name: SimpleNamespace(accuracy=value, stderr=float("nan"), count=limit) for name in names}
 
 
-for name, function in (("pycompress.recover", recover), ("pycompress.measure.tasks", evaluate)):
-    sys.modules[name] = ModuleType(name)
-    setattr(sys.modules[name], function.__name__, function)
+sweeping.recover, sweeping.evaluate = recover, evaluate
 """
 
 
 @pytest.fixture
 def place(tiny_model, byte_tokenizer, tmp_path, monkeypatch):
     """A folder with a tiny model, a text and a grid; recovery and tasks are the stand-ins."""
-    for name in ("pycompress.recover", "pycompress.measure.tasks"):
-        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("recover", "evaluate"):
+        monkeypatch.setattr(sweeping, name, None)
     exec(compile(STAND_INS, "stand_ins", "exec"), {})
     tiny_model("LlamaForCausalLM", vocab_size=300, max_position_embeddings=128).save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
@@ -104,7 +102,7 @@ def test_a_row_holds_what_the_parts_measure_alone(place, byte_tokenizer):
     assert (run.bytes, run.dense_bytes) == (report.file.after, report.file.before)
     assert (run.keep_asked, run.recovery_tokens, run.recovery, run.error) == (0.7, 0, {}, None)
     assert run.tasks["piqa"] == {
-        "accuracy": pytest.approx(float(torch.sigmoid(next(model.parameters()).flatten()[0]))),
+        "accuracy": pytest.approx(float(torch.sigmoid(next(model.parameters()).detach().flatten()[0]))),
         "stderr": None,
         "count": 5,
     }
@@ -261,10 +259,23 @@ def test_time_left_is_that_of_the_runs_most_alike():
 
 
 def test_missing_parts_are_said_before_any_work(place, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycompress.measure.tasks", None)
-    with pytest.raises(ImportError):
+    monkeypatch.setattr(sweeping, "evaluate", tasks.evaluate)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'pycompress\[tasks\]'"):
         measure(place, tasks={"names": "piqa"})
     assert not (place / "runs" / FILE).exists()
+
+
+def test_real_recovery_lowers_the_loss_on_what_it_trains_on(place, monkeypatch):
+    pytest.importorskip("accelerate", reason="recovery needs accelerate: pip install pycompress[recover]")
+    monkeypatch.setattr(sweeping, "recover", recover)
+    settings = {"tokens": [0, 400], "window": 32, "batch_size": 2, "lr": 3.0e-3, "method": "full"}
+    before, after = measure(place, methods=["Random"], keeps=[0.7], recovery=settings, speed=False)
+    assert after.error is None
+    assert after.recovery["tokens"] >= 400
+    assert after.loss < before.loss
+    # Its own checkpoints go once the row is there.
+    assert not list((place / "runs" / "recovery").iterdir())
 
 
 @pytest.mark.slow
