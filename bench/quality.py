@@ -22,10 +22,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pycompress
-from pycompress import FLAP, RTN, SWSC, LayerDrop, LowRank, Magnitude, Random, SubnetSearch, Taylor, Wanda
+from pycompress import (
+    FLAP,
+    RTN,
+    SWSC,
+    LayerDrop,
+    LowRank,
+    Magnitude,
+    PruneNet,
+    Random,
+    SliceGPT,
+    SubnetSearch,
+    Taylor,
+    Wanda,
+)
 from pycompress.demo.gemma import gemma_folder
 from pycompress.measure import perplexity, token_windows
-from pycompress.methods.structural import StructuralConfig
+from pycompress.methods.structural import ShrinkConfig
 from pycompress.recipe import Config
 
 RESULTS = Path(__file__).parent / "results" / "quality-gemma-3-270m.json"
@@ -93,18 +106,25 @@ ROWS += (
     *((f"pruned to {keep}: {name}", method(keep, round_to=8)) for name, method in BASELINES.items() for keep in PRUNED),
     *((f"pruned to {keep}: layers by influence", LayerDrop(keep)) for keep in PRUNED),
     *((f"pruned to {keep}: last layers", LayerDrop(keep, order="last")) for keep in PRUNED),
+    *((f"pruned to {keep}: SliceGPT", SliceGPT(keep)) for keep in PRUNED),
+    *((f"pruned to {keep}: SliceGPT, published", SliceGPT(keep, weighting="none")) for keep in PRUNED),
+    *((f"pruned to {keep}: PruneNet, random", PruneNet(keep, policy="random", round_to=8)) for keep in PRUNED),
+    *((f"pruned to {keep}: PruneNet", PruneNet(keep, round_to=8)) for keep in PRUNED),
 )
 
 
 ALWAYS = ("api", "calibrate", "sensitivity")
 PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
+SLICING = ("slicing", "rotate", "skeleton")
 PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 
 
 def sources(config: Config | None) -> str:
     """A hash of the files that decide a row to more than rounding."""
     root = Path(pycompress.__file__).parent
-    shared = () if config is None else PRUNING if isinstance(config, StructuralConfig) else PACKING
+    shared: tuple[str, ...] = () if config is None else PRUNING if isinstance(config, ShrinkConfig) else PACKING
+    if isinstance(config, SliceGPT):
+        shared = SLICING
     files = [root / f"{name}.py" for name in sorted(ALWAYS + shared)]
     if config is not None:
         files.append(Path(inspect.getfile(type(config))))
@@ -125,7 +145,7 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, st
         report = pycompress.apply(model, config, calibration, checkpoint=kept, progress=False)
         keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
         facts = {"recipe": config.to_dict(), **keeps}
-        if not isinstance(config, StructuralConfig):
+        if not isinstance(config, ShrinkConfig):
             facts["modules"] = [(row.name, row.format) for row in report.rows]
     seconds = time.perf_counter() - start
     facts["perplexity"] = perplexity(model.float(), tokenizer, texts[1], window=512, max_windows=8)

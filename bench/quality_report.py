@@ -45,6 +45,10 @@ METHODS = {
     "Taylor": "Taylor",
     "LayerDrop by influence": "layers by influence",
     "LayerDrop, the last": "last layers",
+    "SliceGPT": "SliceGPT",
+    "… weighed as published": "SliceGPT, published",
+    "PruneNet": "PruneNet",
+    "… random": "PruneNet, random",
     "Magnitude": "magnitude",
     "Random": "random",
 }
