@@ -60,12 +60,40 @@ def register(
     return getattr(torch.ops.pycompress, name).default
 
 
-def call(op: Any, *args: Any) -> Tensor:
-    """`op(*args)`; without gradients below autograd, whose Python part costs more than a small layer."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def call(op: Any, cpu: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`op(*args)`; without gradients below autograd, or straight its native kernel `cpu` where nobody looks on.
+
+    A layer of a small model takes less time than autograd's part in Python and the dispatcher's.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    gradients = torch.is_grad_enabled()
+    if not gradients and _ext.C is not None and not _watched() and all(map(_direct, args)):
+        return cpu(*args)
+    empty = [arg for arg in args if isinstance(arg, Tensor) and arg.is_meta]
+    if empty and not args[0].is_meta:
+        raise ValueError(
+            f"a tensor of shape {tuple(empty[0].shape)} is on the meta device and holds no values; "
+            f"load the model's weights before running it"
+        )
+    if gradients:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _direct(arg: Any) -> bool:
+    """Whether a kernel may take the argument as it is: no subclass of tensors, and none of another device."""
+    return type(arg) in (Tensor, torch.nn.Parameter) and arg.is_cpu if isinstance(arg, Tensor) else True
+
+
+def _watched() -> bool:
+    """Whether calls of ops are recorded, traced or transformed: by a profiler, a dispatch mode, vmap."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def kernel_in_use(tensor: Tensor) -> str:
@@ -98,7 +126,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def autocasts(tensor: Tensor) -> bool:
     """Whether `torch.autocast` is on for the device of a tensor."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -370,7 +370,7 @@ def shared_linear(
     check_sizes(x, weight, factor, labels, channels, bias, share)
     check_scales("weight", weight, weight_scales)
     check_scales("factor", factor, factor_scales)
-    return call(_op, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
+    return call(_op, _cpu, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
 
 
 def shared_linear_of_layer(
@@ -390,4 +390,4 @@ def shared_linear_of_layer(
     if x.dtype != dtype or x.shape[-1] != inputs or autocasts(x):
         tensors = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
         return shared_linear(x, *tensors, share=share)
-    return call(_op, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
+    return call(_op, _cpu, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")

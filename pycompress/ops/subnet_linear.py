@@ -116,7 +116,7 @@ def subnet_linear(
     if autocasts(x):
         x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias, rows, columns)
-    return call(_op, x, weight, bias, rows, columns)
+    return call(_op, _cpu, x, weight, bias, rows, columns)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> None:
