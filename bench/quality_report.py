@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality-gemma-3-270m.json"
+README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "quality.md"
 PLOT = ROOT / "docs" / "img" / "quality-pruned.svg"
 
@@ -184,6 +185,11 @@ def put(text: str, mark: str, block: str) -> str:
     return found.sub(lambda match: match[1] + block + match[2], text)
 
 
+def update_readme(mark: str, block: str) -> None:
+    """Write a block of README anew."""
+    README.write_text(put(README.read_text(encoding="utf-8"), mark, block), encoding="utf-8")
+
+
 def main() -> None:
     """Write the page, the plot, and README's blocks `quality` and `pruned`."""
     import matplotlib
@@ -192,13 +198,11 @@ def main() -> None:
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = content["rows"]
     PAGE.write_text(render(content), encoding="utf-8")
-    readme = ROOT / "README.md"
-    text = put(readme.read_text(encoding="utf-8"), "quality", packed(rows))
+    update_readme("quality", packed(rows))
     if pruned_keeps(rows):
-        text = put(text, "pruned", pruned(rows))
+        update_readme("pruned", pruned(rows))
         figure = Figure(layout="constrained")
         with matplotlib.rc_context({"svg.hashsalt": "pycompress", "svg.fonttype": "none"}):
             draw(rows)(figure)
             figure.savefig(PLOT, metadata={"Date": None, "Creator": None})
-    readme.write_text(text, encoding="utf-8")
     print(PAGE)

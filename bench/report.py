@@ -36,6 +36,15 @@ PENDING = """
 
 {device} figures are pending: {command} takes them, `make performance` brings them here.
 """
+# Works of bench/targets.py that README shows: of both ways of sharing the first, pruned models as they are.
+HIGHLIGHTS = {
+    "Gram and k-means, k=512": "k-means of 4096 rows of 4096 into 512 clusters, Gram matrix and seeding included",
+    "rank 128 of 4096x11008": "{work}",
+    "shared_linear, 1 token": "shared_linear 4096x11008 in bf16, keep {keep}, 1 token",
+    "shared_linear, 128 tokens": "shared_linear 4096x11008 in bf16, keep {keep}, 128 tokens",
+    "decode": "{work}",
+    "decode, pruned": "{work}",
+}
 DEVICES = {"cpu": ("CPU", "`make bench`"), "gpu": ("GPU", "`make gpu` on a machine with an NVIDIA GPU")}
 
 Groups = dict[str, dict[str, dict[str, Any]]]
@@ -171,6 +180,21 @@ def _section(machine: Machine) -> str:
     return "\n".join([*lines, ""])
 
 
+def highlights(machine: Machine) -> str:
+    """README's table: peers' times over ours, a line a work."""
+    lines: dict[str, list[str]] = {}
+    for row in compare(machine):
+        name = HIGHLIGHTS.get(row.comparison.work)
+        if name is None or row.measured is None or row.comparison.peer == LIMIT:
+            continue
+        if "share input" in row.work or row.work.endswith(", our kernel"):
+            continue
+        peers = lines.setdefault(name.format(work=row.work, keep=row.keep), [])
+        peers.append(f"{row.comparison.peer} {row.measured:.1f}x")
+    head = ["| work | peers' time over ours |", "|---|---|"]
+    return "\n".join([*head, *(f"| {work} | {', '.join(peers)} |" for work, peers in lines.items())]) + "\n"
+
+
 def _ratio(value: float | None, peer: str) -> str:
     if value is None:
         return ""
@@ -261,6 +285,9 @@ def main() -> int:
     PAGE.write_text(render(found), encoding="utf-8")
     draw(found, PAGE.parent / "img")
     print(PAGE)
+    cpus = [machine for machine in found if machine.device == "cpu"]
+    if cpus:
+        quality_report.update_readme("speed", highlights(cpus[0]))
     quality_report.main()
     return 0
 

@@ -74,7 +74,9 @@ def test_the_quality_page_and_readme_are_what_the_recorded_rows_give(report):
     content = json.loads(quality.RESULTS.read_text(encoding="utf-8"))
     assert quality.PAGE.read_text(encoding="utf-8") == quality.render(content), "stale: run `make performance`"
     readme = (quality.ROOT / "README.md").read_text(encoding="utf-8")
-    for mark, block in ("quality", quality.packed(content["rows"])), ("pruned", quality.pruned(content["rows"])):
+    cpu = next(machine for machine in report.machines(report.RESULTS) if machine.device == "cpu")
+    blocks = {"quality": quality.packed(content["rows"]), "pruned": quality.pruned(content["rows"])}
+    for mark, block in (blocks | {"speed": report.highlights(cpu)}).items():
         assert quality.put(readme, mark, block) == readme, "stale: run `make performance`"
 
 
@@ -90,6 +92,13 @@ def test_met_missed_and_unmeasured_targets_are_all_on_the_page(report, results):
     assert f"| {work}: keep 0.2 | dense, our kernel | 3.50x | 2.50x | **missed** |" in page
     assert "| decode, keep 0.1 | dense, our kernel | 5.00x |  | not measured |" in page
     assert "| work | pycompress | 20.000 | 15.0 GB/s | 75% memory |  |" in page
+
+
+def test_readme_names_what_was_measured_and_nothing_else(report, results):
+    (machine,) = report.machines(results)
+    work = "decode of 8 tokens, Llama of 1.1B in bf16"
+    expected = [f"| {work}: keep {keep} | dense, our kernel {ratio}x |" for keep, ratio in ((0.5, "2.0"), (0.2, "2.5"))]
+    assert report.highlights(machine).splitlines()[2:] == expected
 
 
 def test_every_comparison_has_a_row_whatever_was_measured(report, results):
