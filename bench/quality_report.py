@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality-gemma-3-270m.json"
 README = ROOT / "README.md"
+SMALL = ROOT / "bench" / "results" / "quality-small.json"
 PAGE = ROOT / "docs" / "quality.md"
 PLOT = ROOT / "docs" / "img" / "quality-pruned.svg"
 
@@ -87,6 +88,15 @@ by this command):
 
 """
 
+OTHERS = """
+## Other architectures
+
+A Qwen2 (grouped queries, biases on q, k and v) and an OPT (biases, LayerNorm, ReLU) of four blocks, trained for minutes
+on WikiText-2 by `PYCOMPRESS_DATA=folder {command}`, pruned and scored on text that neither training nor calibration
+saw. MLP channels alone, then key-value heads too. Dense: {dense}.
+
+"""
+
 Rows = dict[str, dict[str, Any]]
 
 
@@ -136,13 +146,31 @@ def against_peer(rows: Rows) -> str:
     return table(["method", *(f"keep {keep}" for keep in OPTIPFAIR)], lines, "column")
 
 
+def others(rows: Rows) -> str:
+    """The models and ratios of bench/quality_small.py, a column each."""
+    columns = list(dict.fromkeys(label.partition(": ")[0] for label in rows if ": " in label))
+    methods = dict.fromkeys(label.partition(": ")[2] for label in rows if ": " in label)
+    tables = []
+    for heads in (False, True):
+        names = {method.removeprefix("heads too: "): method for method in methods if ("heads too: " in method) == heads}
+        lines = {n: [_of(rows, f"{column}: {method}") for column in columns] for n, method in names.items()}
+        tables.append(table(["MLP channels and heads" if heads else "MLP channels", *columns], lines, "column"))
+    return "\n".join(tables)
+
+
 def _of(rows: Rows, label: str, what: str = "perplexity") -> float | None:
     value: float | None = rows.get(label, {}).get(what)
     return value
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page."""
+def small_models() -> dict[str, Any] | None:
+    """What bench/quality_small.py recorded."""
+    found: dict[str, Any] | None = json.loads(SMALL.read_text(encoding="utf-8")) if SMALL.exists() else None
+    return found
+
+
+def render(content: dict[str, Any], small: dict[str, Any] | None) -> str:
+    """The page; `small`: the rows of small models, if there are some."""
     rows = content["rows"]
     dense = rows["dense"]
     begin = INTRODUCTION.format(command=content["command"], file=RESULTS.name, dense=number(dense["perplexity"]))
@@ -152,6 +180,10 @@ def render(content: dict[str, Any]) -> str:
         parts += ["Kept parameters:\n\n", pruned(rows, "keep_decoder")]
         parts += [FURTHER.format(dense=number(dense.get("perplexity_further_on")))]
         parts += [pruned(rows, "perplexity_further_on"), PEER, against_peer(rows)]
+    if small is not None:
+        dense = {label: row for label, row in small["rows"].items() if label.endswith(", dense")}
+        named = ", ".join(f"{label.partition(',')[0]} {number(row['perplexity'])}" for label, row in dense.items())
+        parts += [OTHERS.format(command=small["command"], dense=named), others(small["rows"])]
     return "".join(parts)
 
 
@@ -197,7 +229,7 @@ def main() -> None:
 
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = content["rows"]
-    PAGE.write_text(render(content), encoding="utf-8")
+    PAGE.write_text(render(content, small_models()), encoding="utf-8")
     update_readme("quality", packed(rows))
     if pruned_keeps(rows):
         update_readme("pruned", pruned(rows))
