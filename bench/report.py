@@ -204,6 +204,8 @@ def _ratio(value: float | None, peer: str) -> str:
 def _rate(entry: dict[str, Any]) -> str:
     if entry.get("bound") == "memory":
         return f"{entry['gb_per_s']:.1f} GB/s"
+    if "skipped" in entry:
+        return f"{entry['skipped']} of {entry['skipped'] + entry['block_runs']} block runs shared"
     return f"{entry['gflops_per_s']:.1f} GFLOP/s" if "gflops_per_s" in entry else ""
 
 

@@ -62,6 +62,8 @@ COMPARISONS = (
         for phase in ("decode", "prefill")
         for kernel, peer in ((", our kernel", "dense, our kernel"), ("", "dense F.linear"))
     ),
+    # At most 1.15 times the forward of the subnet that a candidate of the search stands for.
+    Comparison("candidate", "cpu", r"candidate of .* masks: pycompress", "built subnet", 1 / 1.15),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "scikit-learn", 30),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "faiss", 5),
     Comparison("Lloyd, an iteration, k=512", "cpu", LLOYD, "pycompress on points", 6),
