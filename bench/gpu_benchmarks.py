@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from pycompress import _ext, storage
 from pycompress.layers import SharedLinear
 from pycompress.measure.speed import compare_speed
-from pycompress.ops import gram, lowrank, truncated_svd
+from pycompress.ops import gram, lowrank, sparse24_linear, truncated_svd
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
 from pycompress.ops.shared_linear import shared_linear_cuda_native
+from pycompress.sparse import pack24
 
 N, K, RANK = 4096, 11008, 64
 KEEPS = (0.5, 0.2, 0.1)
@@ -195,6 +196,35 @@ def shared_linear_figures() -> Iterator[Figure]:
 def codes_figures() -> Iterator[Figure]:
     for kind in ("int8", "int4"):
         yield from layer_figures(kind, KEEPS[::2], TOKENS)
+
+
+# 2:4 -------------------------------------------------------------------------------------------------------------
+
+
+def sparse24_figures() -> Iterator[Figure]:
+    dense = [random(N, K, dtype=torch.bfloat16) for _ in range(sets_needed(2 * N * K))]
+    pruned = [K**-0.5 * weight * two_of_four(weight) for weight in dense]
+    layers = [pack24(weight) for weight in pruned]
+    layers += [tuple(t.clone() for t in layer) for layer in layers]
+    for tokens in TOKENS:
+        x = random(tokens, K, dtype=torch.bfloat16)
+        runs = {"pycompress": [lambda s=s: sparse24_linear(x, *s) for s in layers]}  # noqa: B023
+        runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in pruned]  # noqa: B023
+        error = relative_error(runs["pycompress"][0](), linear(x.double(), pruned[0].double()))
+        for calls in runs.values():
+            for call in calls:
+                call()
+        us = in_graphs(runs)
+        for who, each in us.items():
+            facts = {"error": error, "bytes": sum(t.nbytes for t in layers[0])} if who == "pycompress" else {}
+            ratio = round(us["cuBLAS dense bf16"] / each, 3)
+            yield figure("sparse24_linear", f"{tokens} tokens", who, each, **facts, over_cublas=ratio)
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """The two largest of every four, as a mask."""
+    ranks = weight.abs().view(len(weight), -1, 4).argsort(-1).argsort(-1)
+    return (ranks >= 2).view(weight.shape)
 
 
 # A whole model ---------------------------------------------------------------------------------------------------
@@ -382,6 +412,7 @@ BUDGET = 230
 PARTS: dict[str, tuple[Callable[[], Iterator[Figure]], float]] = {
     "shared_linear": (shared_linear_figures, 70),
     "model": (model_figures, 60),
+    "sparse24": (sparse24_figures, 20),
     "codes": (codes_figures, 50),
     "lloyd": (lloyd_figures, 40),
     "lowrank": (lowrank_figures, 20),

@@ -34,12 +34,14 @@ def keeps(half: float, fifth: float, tenth: float) -> dict[str, float]:
 SHARED = r"bf16, {} tokens?, 4096x11008, keep [\d.]+, share (output|input): pycompress"
 CODED = r"bf16, 1 token, 4096x11008: (pycompress|int4, whole matrix)"
 SUBNET = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
+SPARSE = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
 DECODE = r"decode of \d+ tokens, Llama of 1.1B in bf16: keep [\d.]+"
 PRUNED = r"{} of \d+ tokens, Llama of 1.1B in bf16: pruned, keep [\d.]+{}"
 KMEANS = r"k-means, 4096 points of 4096, k=512: pycompress"
 LLOYD = r"\d+ Lloyd iterations, 4096 points of 4096, k=512: pycompress"
 LOWRANK = r"rank 128 of 4096x11008.*: pycompress"
 ON_GPU = r"shared_linear, {} tokens, keep [\d.]+, share (output|input): pycompress"
+SPARSE_ON_GPU = r"sparse24_linear, {} tokens.*: pycompress"
 LLOYD_ON_GPU = r"lloyd, 4096x4096, 512 clusters, .*: pycompress on Gram"
 LOWRANK_ON_GPU = r"lowrank, rank 128 of 4096x11008.*: pycompress"
 
@@ -54,6 +56,11 @@ COMPARISONS = (
     Comparison("subnet_linear, all, 1 token", "cpu", SUBNET.format(1, "all"), LIMIT, 0.8),
     Comparison("subnet_linear, all, 128 tokens", "cpu", SUBNET.format(128, "all"), "dense F.linear", 1),
     Comparison("subnet_linear, half", "cpu", SUBNET.format(r"\d+", "half .*"), "all by our kernel", 1.8),
+    Comparison("2:4, 1 token", "cpu", SPARSE.format(1, "2:4"), "dense, our kernel", 1.5),
+    Comparison("2:4, 1 token", "cpu", SPARSE.format(1, "2:4"), "dense F.linear", 3),
+    Comparison("2:4, 128 tokens", "cpu", SPARSE.format(128, "2:4"), "dense, our kernel", 1),
+    Comparison("bitmap, 1 token", "cpu", SPARSE.format(1, "70% zeros"), "dense, our kernel", 1),
+    Comparison("bitmap, 1 token", "cpu", SPARSE.format(1, "80% zeros"), "dense, our kernel", 2.5),
     Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
     Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", {"0.1": 5}),
@@ -73,6 +80,8 @@ COMPARISONS = (
     Comparison("shared_linear, 16 tokens", "gpu", ON_GPU.format(16), "cuBLAS dense bf16", keeps(1.8, 3.5, 5.5)),
     Comparison("shared_linear, 256 tokens", "gpu", ON_GPU.format(256), "cuBLAS dense bf16", keeps(1.8, 4.2, 6.5)),
     Comparison("shared_linear, 2048 tokens", "gpu", ON_GPU.format(2048), "cuBLAS dense bf16", keeps(1.9, 4.6, 8.5)),
+    Comparison("2:4, 1 token", "gpu", SPARSE_ON_GPU.format(1), "cuBLAS dense bf16", 1.6),
+    Comparison("2:4, 2048 tokens", "gpu", SPARSE_ON_GPU.format(2048), "cuBLAS dense bf16", 1.15),
     Comparison("Lloyd, k=512", "gpu", LLOYD_ON_GPU, "torch operations", 3),
     Comparison("rank 128 of 4096x11008", "gpu", LOWRANK_ON_GPU, "torch svd_lowrank", 5),
 )

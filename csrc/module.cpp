@@ -7,6 +7,7 @@
 #include "cpu/dispatch.h"
 #ifdef PYCOMPRESS_CUDA
 #include "cuda/shared_linear.h"
+#include "cuda/sparse24.h"
 #endif
 
 namespace py = pybind11;
@@ -86,6 +87,39 @@ void subnet_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
                            static_cast<Dtype>(dtype), transposed, threads});
 }
 
+SparseLinearArgs sparse_layer(std::uintptr_t x, std::uintptr_t values, std::uintptr_t kept, std::uintptr_t offsets,
+                              std::uintptr_t bias, std::uintptr_t y, int64_t tokens, int64_t inputs, int64_t outputs,
+                              int64_t x_stride, int dtype, int threads) {
+  return {
+      at<void>(x), at<void>(values), at<uint8_t>(kept), at<int32_t>(offsets),      at<void>(bias), at<void>(y), tokens,
+      inputs,      outputs,          x_stride,          static_cast<Dtype>(dtype), threads};
+}
+
+void sparse24_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t positions, std::uintptr_t bias,
+                     std::uintptr_t y, int64_t tokens, int64_t inputs, int64_t outputs, int64_t x_stride, int dtype,
+                     int threads) {
+  kernels().sparse24_linear(
+      sparse_layer(x, values, positions, 0, bias, y, tokens, inputs, outputs, x_stride, dtype, threads));
+}
+
+// Rows that leave the values or hold more of them than there are columns.
+void check_offsets(const int32_t *offsets, int64_t rows, int64_t columns, int64_t count) {
+  bool good = offsets[0] == 0 && offsets[rows] == count;
+  for (int64_t i = 0; i < rows; ++i)
+    good = good && offsets[i] <= offsets[i + 1] && offsets[i + 1] - offsets[i] <= columns;
+  if (good) return;
+  throw std::out_of_range("offsets must rise from 0 to the number of values, " + std::to_string(count) +
+                          ", by at most the number of columns, " + std::to_string(columns) + ", a row");
+}
+
+void bitmap_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t bitmap, std::uintptr_t offsets,
+                   std::uintptr_t bias, std::uintptr_t y, int64_t tokens, int64_t inputs, int64_t outputs,
+                   int64_t x_stride, int64_t count, int dtype, int threads) {
+  check_offsets(at<int32_t>(offsets), outputs, inputs, count);
+  kernels().bitmap_linear(
+      sparse_layer(x, values, bitmap, offsets, bias, y, tokens, inputs, outputs, x_stride, dtype, threads));
+}
+
 #ifdef PYCOMPRESS_CUDA
 void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t factor, std::uintptr_t labels,
                         std::uintptr_t channels, std::uintptr_t bias, std::uintptr_t weight_scales,
@@ -114,6 +148,15 @@ void shared_linear_cuda(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t 
                                            at<void>(stream)});
   if (error) throw std::runtime_error(std::string("shared_linear on CUDA failed to launch: ") + error);
 }
+
+void sparse24_linear_cuda(std::uintptr_t x, std::uintptr_t values, std::uintptr_t positions, std::uintptr_t bias,
+                          std::uintptr_t parts, std::uintptr_t y, int tokens, int inputs, int outputs, int dtype,
+                          std::uintptr_t stream) {
+  const char *error =
+      cuda::sparse24_linear({at<void>(x), at<void>(values), at<void>(positions), at<void>(bias), at<void>(parts),
+                             at<void>(y), tokens, inputs, outputs, dtype, at<void>(stream)});
+  if (error) throw std::runtime_error(std::string("sparse24_linear on CUDA failed to launch: ") + error);
+}
 #endif
 
 }  // namespace
@@ -137,8 +180,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_linear", shared_linear, unlocked);
   m.def("shared_linear_gather", shared_linear_gather, unlocked);
   m.def("subnet_linear", subnet_linear, unlocked);
+  m.def("sparse24_linear", sparse24_linear, unlocked);
+  m.def("bitmap_linear", bitmap_linear, unlocked);
 #ifdef PYCOMPRESS_CUDA
   m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
   m.def("shared_linear_cuda_parts", cuda::parts_needed);
+  m.def("sparse24_linear_cuda", sparse24_linear_cuda, unlocked);
+  m.def("sparse24_linear_cuda_parts", cuda::sparse24_parts_needed);
 #endif
 }

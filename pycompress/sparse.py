@@ -55,21 +55,26 @@ def pack24(dense: Tensor) -> tuple[Tensor, Tensor]:
             f"row {row} has {int(kept[row, group].sum())} non-zeros in columns {GROUP * group} to "
             f"{GROUP * group + GROUP - 1}; a 2:4 matrix has at most two of every four: set the others to zero first"
         )
-    values = groups.gather(-1, _pairs(codes)).reshape(rows, columns // 2)
-    return values, codes[:, 0::2] | codes[:, 1::2] << 4
+    positions = codes[:, 0::2] | codes[:, 1::2] << 4
+    return gather24(dense, positions), positions
 
 
 def unpack24(values: Tensor, positions: Tensor) -> Tensor:
     """The matrix `[N, K]`, in the dtype of `values [N, K / 2]`, that `pack24` packed. Differentiable in `values`."""
-    rows, half = values.shape
-    codes = torch.stack([positions & 15, positions >> 4], dim=-1).reshape(rows, half // 2)
-    dense = values.new_zeros(rows, half // 2, GROUP).scatter(-1, _pairs(codes), values.reshape(rows, half // 2, 2))
-    return dense.reshape(rows, 2 * half)
+    kept = _pairs(positions)
+    return values.new_zeros(*kept.shape[:2], GROUP).scatter(-1, kept, values.reshape(kept.shape)).flatten(1)
 
 
-def _pairs(codes: Tensor) -> Tensor:
-    """The two offsets within its group that each nibble stands for, `[..., 2]` int64."""
-    return torch.stack([codes & 3, codes >> 2], dim=-1).long()
+def gather24(dense: Tensor, positions: Tensor) -> Tensor:
+    """The entries `[N, K / 2]` of `dense [N, K]` at the positions `[N, K / 8]`. Differentiable in `dense`."""
+    kept = _pairs(positions)
+    return dense.reshape(*kept.shape[:2], GROUP).gather(-1, kept).flatten(1)
+
+
+def _pairs(positions: Tensor) -> Tensor:
+    """The two offsets within each group, `[N, K / 4, 2]` int64."""
+    offsets = torch.stack([positions >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    return offsets.reshape(len(positions), 2 * positions.shape[1], 2).long()
 
 
 def pack_bitmap(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +102,11 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, offsets: Tensor, columns: int)
     """
     kept = kept_columns(bitmap, columns)
     return torch.zeros_like(kept, dtype=values.dtype).masked_scatter(kept, values)
+
+
+def bitmap_bytes(columns: int) -> int:
+    """Bytes of a row of a bitmap."""
+    return 8 * -(-columns // WORD)
 
 
 def kept_columns(bitmap: Tensor, columns: int) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from pycompress.sparse import pack24, pack_bitmap, unpack24
 from pycompress.storage import RANGE, pack, scales_shape, widen
 
 pytestmark = [
@@ -366,3 +367,84 @@ def test_subnet_linear_passes_opcheck_and_a_cuda_graph_on_the_gpu():
         captured.fill_(torch.nan)
         graph.replay()
         assert torch.equal(eager, captured)
+
+
+def two_of_four(n, k, dtype):
+    ranks = draw(n, k // 4, 4, seed=n).argsort(-1)
+    return draw(n, k, dtype=dtype) * (ranks < 2).view(n, k) / k**0.5
+
+
+@pytest.fixture
+def native24():
+    from pycompress.ops.sparse24_linear import _native_cuda_built, sparse24_linear_cuda_native
+
+    if not _native_cuda_built():
+        pytest.skip("the CUDA kernels were not built")
+    return sparse24_linear_cuda_native
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1000, 2064), (63, 1000), (5, 8), (40, 11016)])
+def test_native_cuda_kernel_of_2_to_4_is_as_precise_as_torch(native24, n, k, dtype):
+    dense, bias = two_of_four(n, k, dtype), draw(n, seed=1, dtype=dtype)
+    packed = pack24(dense)
+    for tokens in (1, 2, 8, 9, 16):
+        x = draw(tokens, k, seed=2, dtype=dtype)
+        y = native24(x, *packed, bias)
+        exact = linear(x.double(), dense.double(), bias.double())
+        by_torch = relative_error(linear(x, dense, bias), exact)
+        assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else 0)
+        assert torch.equal(y, native24(x, *packed, bias))
+
+
+def test_native_cuda_kernel_of_2_to_4_reads_numbers_anywhere(native24):
+    """Tensors that start on no 16 bytes, with NaN around them."""
+    for dtype in DTYPES:
+        dense = two_of_four(33, 104, dtype)
+        packed, views = pack24(dense), []
+        for t, poison in zip(packed, (torch.nan, 255), strict=True):
+            whole = torch.full((t.numel() + 65,), poison, dtype=t.dtype, device="cuda")
+            views.append(whole[1 : 1 + t.numel()].view(t.shape).copy_(t))
+        x = torch.full((1 + 3 * 104 + 9,), torch.nan, device="cuda").to(dtype)[1 : 1 + 3 * 104].view(3, 104)
+        x.copy_(draw(3, 104))
+        exact = linear(x.double(), dense.double())
+        assert relative_error(native24(x, *views, None), exact) <= 2 * relative_error(linear(x, dense), exact) + 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 1000])
+def test_sparse_layers_are_as_precise_as_torch(tokens, dtype):
+    from pycompress.ops import bitmap_linear, sparse24_linear
+
+    x, bias = draw(2, tokens, 2080, seed=2, dtype=dtype), draw(992, seed=1, dtype=dtype)
+    dense = two_of_four(992, 2080, dtype)
+    for y in (sparse24_linear(x, *pack24(dense), bias), bitmap_linear(x, *pack_bitmap(dense), bias)):
+        exact = linear(x.double(), dense.double(), bias.double())
+        by_torch = relative_error(linear(x, dense, bias), exact)
+        assert relative_error(y, exact) <= 2 * by_torch + (2e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_2_to_4_follows_its_values_and_passes_a_cuda_graph(tokens):
+    from pycompress.ops import sparse24_linear
+
+    values, positions = pack24(two_of_four(96, 128, torch.bfloat16))
+    x = draw(tokens, 128, dtype=torch.bfloat16)
+    for _ in range(2):
+        eager = sparse24_linear(x, values, positions)
+        torch.testing.assert_close(eager, linear(x, unpack24(values, positions)), rtol=0.02, atol=0.02)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = sparse24_linear(x, values, positions)
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(eager, captured)
+        values.mul_(2)  # what was made of the old values must not be used
+
+
+def test_sparse_layers_pass_opcheck_on_the_gpu():
+    dense = two_of_four(7, 16, torch.float32)
+    for op, packed in (("sparse24_linear", pack24(dense)), ("bitmap_linear", pack_bitmap(dense))):
+        values, *places = packed
+        given = (draw(2, 3, 16).requires_grad_(), values.requires_grad_(), *places, draw(7).requires_grad_())
+        torch.library.opcheck(getattr(torch.ops.pycompress, op).default, given)

@@ -110,6 +110,20 @@ struct Rows {
   }
 };
 
+template <int R, int VECTORS>
+inline void store_products(const Vec::reg (&sums)[R][VECTORS], float *out, int64_t out_stride) {
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    float all[R < 4 ? 4 : R];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i += 4) {
+      Vec::store_sums(all + i, sums[i][v], R > 1 ? sums[(i + 1) % R][v] : Vec::zero(),
+                      R > 2 ? sums[(i + 2) % R][v] : Vec::zero(), R > 3 ? sums[(i + 3) % R][v] : Vec::zero());
+    }
+    for (int i = 0; i < R; ++i) out[v * out_stride + i] = all[i];
+  }
+}
+
 template <int R, int VECTORS, class M>
 inline void dot_rows(const M &w, int64_t row, const Vectors<typename M::X> &x, float *out, int64_t out_stride) {
   Vec::reg sums[R][VECTORS];
@@ -136,16 +150,7 @@ inline void dot_rows(const M &w, int64_t row, const Vectors<typename M::X> &x, f
       for (int v = 0; v < VECTORS; ++v) sums[i][v] = M::step(sums[i][v], loaded, x.data + v * x.stride + p);
     }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; ++v) {
-    float all[R < 4 ? 4 : R];
-#pragma GCC unroll 2
-    for (int i = 0; i < R; i += 4) {
-      Vec::store_sums(all + i, sums[i][v], R > 1 ? sums[(i + 1) % R][v] : Vec::zero(),
-                      R > 2 ? sums[(i + 2) % R][v] : Vec::zero(), R > 3 ? sums[(i + 3) % R][v] : Vec::zero());
-    }
-    for (int i = 0; i < R; ++i) out[v * out_stride + i] = all[i];
-  }
+  store_products<R, VECTORS>(sums, out, out_stride);
 }
 
 // Rows [begin, end) in groups of R, the rest one by one.

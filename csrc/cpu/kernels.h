@@ -81,6 +81,18 @@ struct SubnetLinearArgs {
   int threads;
 };
 
+struct SparseLinearArgs {  // pycompress/sparse.py
+  const void *x;           // [tokens, inputs], rows x_stride apart
+  const void *values;      // sparse24: [outputs, inputs / 2]; bitmap: all that are kept, row by row
+  const uint8_t *kept;     // sparse24: positions [outputs, inputs / 8]; bitmap: bits [outputs, 8 * ceil(inputs / 64)]
+  const int32_t *offsets;  // bitmap: where the values of each row start, [outputs + 1]; sparse24: null
+  const void *bias;        // [outputs] or null
+  void *y;                 // [tokens, outputs]
+  int64_t tokens, inputs, outputs, x_stride;
+  Dtype dtype;
+  int threads;
+};
+
 struct Kernels {
   void (*gram)(const GramArgs &);
   void (*kmeans_plus_plus)(const SeedArgs &);
@@ -91,6 +103,8 @@ struct Kernels {
   // low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's product.
   void (*shared_linear_gather)(const SharedLinearArgs &, float *reduced, const float *product);
   void (*subnet_linear)(const SubnetLinearArgs &);
+  void (*sparse24_linear)(const SparseLinearArgs &);
+  void (*bitmap_linear)(const SparseLinearArgs &);
 };
 
 #define PYCOMPRESS_DECLARE(level)                                              \
@@ -102,10 +116,13 @@ struct Kernels {
   void shared_linear(const SharedLinearArgs &);                                \
   void shared_linear_gather(const SharedLinearArgs &, float *, const float *); \
   void subnet_linear(const SubnetLinearArgs &);                                \
+  void sparse24_linear(const SparseLinearArgs &);                              \
+  void bitmap_linear(const SparseLinearArgs &);                                \
   }
 PYCOMPRESS_DECLARE(portable)
 PYCOMPRESS_DECLARE(avx2)
 PYCOMPRESS_DECLARE(avx512)
+PYCOMPRESS_DECLARE(avx512vbmi2)
 PYCOMPRESS_DECLARE(avx512bf16)
 #undef PYCOMPRESS_DECLARE
 

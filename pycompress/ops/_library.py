@@ -111,11 +111,11 @@ def kernel_in_use(tensor: Tensor) -> str:
     return f"reference (no kernel for {tensor.device.type})"
 
 
-def describe() -> str:
-    """One line: which kernels an op has on this installation, for `pycompress info`."""
+def describe(cuda: str | None = None) -> str:
+    """One line: which kernels an op has on this installation, for `pycompress info`; on CUDA Triton's unless given."""
     cpu = f"reference ({_ext.why})" if _ext.C is None else " ".join(_ext.C.isas())
     reason = why_no_triton()
-    return f"cpu: {cpu}; cuda: {'triton' if reason is None else f'reference ({reason})'}"
+    return f"cpu: {cpu}; cuda: {cuda or ('triton' if reason is None else f'reference ({reason})')}"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

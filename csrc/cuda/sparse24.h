@@ -1,0 +1,26 @@
+// Few-token 2:4 linear on CUDA; includes no CUDA header, so that module.cpp needs none.
+#pragma once
+
+#include <cstdint>
+
+namespace pycompress::cuda {
+
+struct Sparse24LinearArgs {
+  const void *x;          // [tokens, inputs]
+  const void *values;     // [outputs, inputs / 2]
+  const void *positions;  // [outputs, inputs / 8]
+  const void *bias;       // [outputs] or null
+  void *parts;            // sparse24_parts_needed() floats, overwritten
+  void *y;                // [tokens, outputs]
+  int tokens, inputs, outputs;
+  int dtype;  // 0 float32, 1 bfloat16, 2 float16
+  void *stream;
+};
+
+// Floats of workspace a call needs.
+int64_t sparse24_parts_needed(int tokens, int outputs);
+
+// Launches on the stream and returns null, or the CUDA runtime's words for why it could not.
+const char *sparse24_linear(const Sparse24LinearArgs &args);
+
+}  // namespace pycompress::cuda

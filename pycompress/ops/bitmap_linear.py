@@ -1,0 +1,120 @@
+"""Linear layer over a weight whose zeros, wherever they are, are not stored; the CPU never forms the dense weight.
+
+M tokens, N outputs, K inputs. `values [count]`, `bitmap [N, 8 * ceil(K / 64)]` and `offsets [N + 1]` as in
+`pycompress.sparse`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pycompress import _ext, sparse
+from pycompress.ops import _library
+from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register
+from pycompress.ops._sparse_checks import check_layer, tokens_of
+
+
+def bitmap_linear_ref(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """Plain torch: the dense weight is formed."""
+    return F.linear(x, sparse.unpack_bitmap(values, bitmap, offsets, x.shape[-1]), bias)
+
+
+def _fake(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], bitmap.shape[0]))
+
+
+def _cpu(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    code = DTYPE_CODES.get(x.dtype)
+    if code is None or not x.numel():
+        return bitmap_linear_ref(x, values, bitmap, offsets, bias)
+    # All are held here until the call is over: an address keeps no temporary alive.
+    tokens, values, bitmap, offsets = tokens_of(x), values.contiguous(), bitmap.contiguous(), offsets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((*x.shape[:-1], len(bitmap)), dtype=x.dtype)
+    _ext.C.bitmap_linear(
+        *_ext.addresses(tokens, values, bitmap, offsets, bias, y),
+        *tokens.shape,
+        len(bitmap),
+        tokens.stride(0),
+        len(values),
+        code,
+        _ext.threads(),
+    )
+    return y
+
+
+_op = register(
+    "bitmap_linear(Tensor x, Tensor values, Tensor bitmap, Tensor offsets, Tensor? bias) -> Tensor",
+    bitmap_linear_ref,
+    _fake,
+    cpu=_cpu,
+    cuda=bitmap_linear_ref,
+)
+
+
+def cuda_kernels() -> str:
+    return "reference (no CUDA kernel for bitmaps)"
+
+
+def describe_bitmap() -> str:
+    """One line: which kernels the op has on this installation."""
+    return _library.describe(cuda_kernels())
+
+
+def kernel_in_use(tensor: Tensor) -> str:
+    """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
+    return cuda_kernels() if tensor.is_cuda else _library.kernel_in_use(tensor)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bitmap, offsets, bias = inputs
+    ctx.save_for_backward(x, values, bitmap, offsets)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
+    x, values, bitmap, offsets = ctx.saved_tensors
+    inputs, rows = x.shape[-1], grad.reshape(-1, grad.shape[-1])
+    grad_x = grad @ sparse.unpack_bitmap(values, bitmap, offsets, inputs) if ctx.needs_input_grad[0] else None
+    grad_values = None
+    if ctx.needs_input_grad[1]:
+        # How many entries a boolean index takes is not known to a compiler; the values say it.
+        places = sparse.kept_columns(bitmap, inputs).flatten().nonzero_static(size=len(values)).squeeze(1)
+        grad_values = (rows.T @ x.reshape(-1, inputs)).flatten().index_select(0, places)
+    grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
+    return grad_x, grad_values, None, None, grad_bias
+
+
+torch.library.register_autograd("pycompress::bitmap_linear", _backward, setup_context=_save)
+
+
+def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, unpack_bitmap(values, bitmap, offsets, K), bias)`, without the dense weight on the CPU.
+
+    `x [..., K]`, any layout, float32, bfloat16 or float16; `values [count]` and `bias [N]` of its dtype; `bitmap
+    [N, 8 * ceil(K / 64)]` uint8, zero past bit K; `offsets [N + 1]` int32, which agree with the bits. Gives `[..., N]`
+    in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`.
+    Differentiable in x, values and bias. Raises ValueError on sizes that do not fit, TypeError on dtypes, and on the
+    CPU IndexError on offsets that leave the values.
+    """
+    if autocasts(x):
+        x, values, bias = autocast(x, values, bias)
+    inputs = x.shape[-1] if x.dim() else 0
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (len(bitmap) + 1,):
+        raise ValueError(
+            f"values must be [count], bitmap [N, bytes] and offsets [N + 1], got {list(values.shape)}, "
+            f"{list(bitmap.shape)} and {list(offsets.shape)}"
+        )
+    if bitmap.shape[1] != sparse.bitmap_bytes(inputs):
+        raise ValueError(
+            f"x of {inputs} features needs a bitmap of {sparse.bitmap_bytes(inputs)} bytes a row, got "
+            f"{bitmap.shape[1]}: x {list(x.shape)}, bitmap {list(bitmap.shape)}"
+        )
+    check_layer(x, values, bitmap, bias, "bitmap", inputs)
+    return call(_op, _cpu, x, values, bitmap, offsets, bias)
