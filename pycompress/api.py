@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from functools import partial
@@ -27,7 +27,8 @@ from pycompress.methods import METHODS, Curve, ShrinkConfig, SliceGPT, Statistic
 from pycompress.plan import Plan, Step, plan
 from pycompress.prune import Pruning
 from pycompress.recipe import Config, Recipe
-from pycompress.replace import Undo, dense_weight, replace
+from pycompress.records import Records
+from pycompress.replace import Undo, dense_weight, recorded_importance, replace
 from pycompress.report import DROPPED, Report, Row, Total
 from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
@@ -122,17 +123,21 @@ class _Job:
             undo()
 
     def allocate(self, steps: Plan, configs: Recipe) -> Plan:
-        """Give every step of a shared budget its bytes, from curves measured on the dense model."""
+        """Give every step of a shared budget its bytes, from the dense weights or from curves measured on them."""
+        budgets: dict[str, int] = {}
+        for config in configs:
+            whole = METHODS[type(config)].budgets(config)
+            if whole is not None:
+                budgets |= whole(config, partial(self._matrices, [s for s in steps.steps if s.config is config]))
         shared = [step for step in steps.steps if METHODS[type(step.config)].shared(step.config)]
         if not shared:
-            return steps
+            return steps.with_budgets(budgets)
         self.curves = curves = self._curves(shared, steps.depth)
-        budgets: dict[str, int] = {}
         for config in configs:
             mine = [step.name for step in shared if step.config is config]
             if mine:
                 total = math.floor(config.keep * sum(s.nbytes for s in shared if s.config is config))  # type: ignore[attr-defined]
-                by_loss = config.allocation == "loss" and self.sensitivity  # type: ignore[attr-defined]
+                by_loss = getattr(config, "allocation", "") == "loss" and self.sensitivity
                 weights = {name: curves[name].energy if by_loss else 1.0 for name in mine}
                 budgets |= spread({name: curves[name] for name in mine}, weights, total)
         return steps.with_budgets(budgets)
@@ -193,7 +198,8 @@ class _Job:
         start = time.perf_counter()
         weight = dense_weight(self.model.get_submodule(step.name))
         curve = self.curves.get(step.name)
-        packed = METHODS[type(step.config)].compress(weight, statistics, step.config, step.budget, curve)
+        given = self._recorded(step)
+        packed = METHODS[type(step.config)].compress(weight, statistics, step.config, step.budget, curve, **given)
         gram = None if statistics is None else statistics.gram
         error = 0.0 if packed is None else relative_output_error(weight, packed.unpack(), gram)
         after = step.nbytes if packed is None else packed.nbytes
@@ -206,7 +212,19 @@ class _Job:
         weight = dense_weight(self.model.get_submodule(step.name))
         measure = METHODS[type(step.config)].curve
         assert measure is not None
-        return measure(weight, statistics.get(step.name), step.config)
+        return measure(weight, statistics.get(step.name), step.config, **self._recorded(step))
+
+    def _recorded(self, step: Step) -> dict[str, Tensor]:
+        """The importance of a step's weights along training, where its method reads that."""
+        if step.config.recorded is None:
+            return {}
+        module = self.model.get_submodule(step.name)
+        return {"importance": recorded_importance(Records(step.config.recorded), step.name, module)}
+
+    def _matrices(self, steps: list[Step]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        for step in steps:
+            weight = dense_weight(self.model.get_submodule(step.name))
+            yield step.name, weight, self._recorded(step).get("importance")
 
     def _stream(self) -> Stream | None:
         if self.batches is None:
@@ -254,6 +272,9 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             raise ValueError(f"{step.name} is on the meta device; load the model's weights before compressing it")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{step.name} holds NaN or infinite weights; load the model again from a sound file")
+        if step.config.recorded is not None:
+            shape = model.get_submodule(step.name).get_parameter("weight").shape
+            Records(step.config.recorded).check(step.name, tuple(shape))
         if type(step.config) not in METHODS:
             continue
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Checkpoint:
         self.path = None if path is None else Path(path)
         self.recipe = _digest(repr(recipe))
         shrunk = [config for config in recipe if isinstance(config, ShrinkConfig)]
-        packing = [_of_any_keep(config) for config in recipe if config not in shrunk]
+        packing = [config.of_any_size() for config in recipe if config not in shrunk]
         self.measured = _digest(repr(shrunk + packing))
         self.gradients = f"{GRADIENTS}-{_digest(repr(shrunk))}" if shrunk else GRADIENTS
         if self.path is None:
@@ -223,11 +223,6 @@ def forget_recipes(path: str | Path) -> None:
 
 def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:
     return {name: known[name] for name in names} if known.keys() >= set(names) else None
-
-
-def _of_any_keep(config: Config) -> Config:
-    """The config that stands for all that measure the same curves."""
-    return replace(config, targets=None, **({"keep": 1.0} if hasattr(config, "keep") else {}))
 
 
 def _digest(text: str) -> str:

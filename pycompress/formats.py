@@ -5,14 +5,17 @@ A format is plain tensors and sizes; it knows nothing of modules or models.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pycompress import storage
+from pycompress import sparse, storage
 
+# Share of zeros from which a CPU multiplies by a bitmap faster than by the dense matrix.
+BITMAP_PAYS = 0.7
 TENSORS = ("weight", "factor", "labels", "channels", "weight_scales", "factor_scales")
 
 
@@ -66,7 +69,7 @@ class SharedChannels:
     @property
     def nbytes(self) -> int:
         """Bytes as stored, indices included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return _nbytes(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names the layer and the saved file use."""
@@ -131,17 +134,107 @@ class Rounded:
         return self.values.float()
 
 
-Packed = SharedChannels | Rounded
+@dataclass(frozen=True)
+class Sparse24:
+    """Two of every four columns of a row; `values [N, K / 2]` and `positions [N, K / 8]` as in `pycompress.sparse`."""
+
+    values: Tensor
+    positions: Tensor
+
+    name: ClassVar[str] = "sparse24"
+
+    def __str__(self) -> str:
+        return "2:4 packed"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.values.shape[0], 2 * self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, positions included."""
+        return _nbytes(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.values, "positions": self.positions}
+
+    def spec(self) -> dict[str, Any]:
+        return {"format": self.name, "shape": list(self.shape)}
+
+    def unpack(self) -> Tensor:
+        return sparse.unpack24(self.values.float(), self.positions)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """The weights that are not zero, `values [kept]`, and a bit for every weight; see `pycompress.sparse`.
+
+    `bitmap [N, 8 * ceil(K / 64)]` uint8, `offsets [N + 1]` int32.
+    """
+
+    values: Tensor
+    bitmap: Tensor
+    offsets: Tensor
+    shape: tuple[int, int]
+
+    name: ClassVar[str] = "bitmap"
+
+    def __str__(self) -> str:
+        zeros = f"{1 - len(self.values) / math.prod(self.shape):.0%} zeros"
+        if bitmap_pays(self.shape, len(self.values), self.values.device):
+            return f"bitmap, {zeros}"
+        return f"{zeros}, run dense: bitmap pays from {BITMAP_PAYS:.0%} zeros on the CPU"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, bits and offsets included."""
+        return _nbytes(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.values, "bitmap": self.bitmap, "offsets": self.offsets}
+
+    def spec(self) -> dict[str, Any]:
+        return {"format": self.name, "kept": len(self.values), "shape": list(self.shape)}
+
+    def unpack(self) -> Tensor:
+        return sparse.unpack_bitmap(self.values.float(), self.bitmap, self.offsets, self.shape[1])
+
+
+Packed = SharedChannels | Rounded | Sparse24 | Bitmap
 
 
 def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     """The packed weight whose `spec()` and `tensors()` these are. Raises `ValueError` for an unknown format."""
     shape = (spec["shape"][0], spec["shape"][1])
+    if spec["format"] == Sparse24.name:
+        return Sparse24(tensors["weight"], tensors["positions"])
+    if spec["format"] == Bitmap.name:
+        return Bitmap(tensors["weight"], tensors["bitmap"], tensors["offsets"], shape)
     if spec["format"] == SharedChannels.name:
         return SharedChannels(spec["share"], shape=shape, **{name: tensors.get(name) for name in TENSORS})  # type: ignore[arg-type]
     if spec["format"] == Rounded.name:
         return Rounded(tensors["weight"], spec["bits"], spec["scales"])
-    raise ValueError(f"unknown format {spec['format']!r}; this version knows {SharedChannels.name}, {Rounded.name}")
+    known = ", ".join(format.name for format in (SharedChannels, Rounded, Sparse24, Bitmap))
+    raise ValueError(f"unknown format {spec['format']!r}; this version knows {known}")
+
+
+def pack_zeros(dense: Tensor, of_four: bool = False) -> Sparse24 | Bitmap:
+    """A matrix `[N, K]` stored without its zeros; `of_four`: every four columns hold at most two others.
+
+    Two of four are stored as such where K is a multiple of 8, everything else as a bitmap.
+    """
+    if of_four and dense.shape[1] % 8 == 0:
+        return Sparse24(*sparse.pack24(dense))
+    return Bitmap(*sparse.pack_bitmap(dense), (dense.shape[0], dense.shape[1]))
+
+
+def bitmap_pays(shape: tuple[int, int], kept: int, device: torch.device) -> bool:
+    """Whether a matrix with `kept` weights that are not zero is multiplied by as a bitmap, or else dense."""
+    return device.type == "cpu" and 1 - kept / math.prod(shape) >= BITMAP_PAYS
+
+
+def _nbytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def whole_factor(factor: Tensor, channels: Tensor | None, share: str) -> Tensor:

@@ -133,7 +133,7 @@ class Method:
         """The configs with what was open filled in. Raises `ValueError` for a setting that a method does not take."""
         filled = []
         for entry in self.entries:
-            more = {"keep": keep} if _open(entry) else {}
+            more: dict[str, Any] = {} if keep is None else _size(entry, keep)
             more |= {"seed": seed} if _has(entry, "seed") else {}
             filled.append(recipes.from_dict(more | entry))
         return filled
@@ -389,7 +389,12 @@ def _check_dtype(dtype: Any) -> None:
 
 
 def _open(entry: Mapping[str, Any]) -> bool:
-    return _has(entry, "keep") and "keep" not in entry
+    return bool(_size(entry, 1.0))
+
+
+def _size(entry: Mapping[str, Any], keep: float) -> dict[str, float]:
+    """What a share to keep adds to an entry that leaves it open."""
+    return CONFIGS[entry["method"]].size(keep, entry)
 
 
 def _has(entry: Mapping[str, Any], setting: str) -> bool:

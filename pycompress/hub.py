@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pycompress.formats import Rounded, SharedChannels
+from pycompress.formats import Bitmap, Rounded, SharedChannels, Sparse24
 from pycompress.groups import Architecture, Geometry
-from pycompress.layers import KeptRotary, SharedLinear, SlicedBlock
+from pycompress.layers import (
+    PACKED,
+    BitmapLinear,
+    KeptRotary,
+    SharedLinear,
+    SlicedBlock,
+    Sparse24Linear,
+    ZerosLinear,
+)
 from pycompress.skeleton import (
     SIZES,
     check_blocks,
@@ -38,6 +46,7 @@ from pycompress.skeleton import (
     resolve,
     slice_blocks,
 )
+from pycompress.sparse import kept_columns
 from pycompress.storage import CODES
 
 METHOD = "pycompress"
@@ -45,7 +54,11 @@ FORMAT_VERSION = 2
 SPEC_FIELDS = {
     SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
     Rounded.name: {"bits", "scales", "shape"},
+    Sparse24.name: {"shape"},
+    Bitmap.name: {"kept", "shape"},
 }
+# Rounded weights stay in the dense layer.
+LAYERS = {SharedChannels.name: SharedLinear, Sparse24.name: Sparse24Linear, Bitmap.name: BitmapLinear}
 
 CODE_FILE = "modeling_pycompress"
 LOADING_CODE = '''"""Importing pycompress is all that {class_name} needs to load compressed weights."""
@@ -137,7 +150,7 @@ class PycompressQuantizer(HfQuantizer):
                     f"config.json says {name} is {spec['shape']}, but {type(model).__name__} builds "
                     f"{list(linear_shape(module) or ())} there; config.json does not belong to this model"
                 )
-            if spec["format"] == SharedChannels.name:
+            if spec["format"] in LAYERS:
                 weight = module.get_parameter("weight")
                 layer = empty_layer(spec, module.bias is not None, weight.dtype, weight.device)
                 model.set_submodule(name, layer)
@@ -151,8 +164,11 @@ class PycompressQuantizer(HfQuantizer):
         _check_shapes(model, self._shapes)
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
-            if isinstance(module, SharedLinear):
+            if isinstance(module, PACKED):
                 _check_loaded(name, module)
+            # Hooks belong to the module they were put on.
+            if isinstance(module, BitmapLinear) and not hasattr(module, "_hf_hook"):
+                model.set_submodule(name, module.fastest())
         for name, module in model.named_modules():
             if isinstance(module, KeptRotary):
                 check_rotary(name, module)
@@ -162,6 +178,11 @@ class PycompressQuantizer(HfQuantizer):
         model.is_quantized = False  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        for name, spec in self.quantization_config.modules.items():
+            module = model.get_submodule(name)
+            # Rounding to 16 bits after training may have made further zeros.
+            if isinstance(module, ZerosLinear):
+                spec["kept"] = int(module.weight.count_nonzero())
         # Models may share one config object; the one being saved writes its own modules.
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return None, {}
@@ -288,10 +309,11 @@ def check_not_quantized(model: nn.Module) -> None:
     )
 
 
-def empty_layer(spec: Spec, bias: bool, dtype: torch.dtype | None, device: torch.device | str | None) -> SharedLinear:
-    """The layer that a `shared_channels` spec describes, its tensors not yet filled."""
-    sizes = {field: spec[field] for field in SPEC_FIELDS[SharedChannels.name] - {"shape"}}
-    return SharedLinear(shape=tuple(spec["shape"]), **sizes, bias=bias, dtype=dtype, device=device)
+def empty_layer(spec: Spec, bias: bool, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
+    """The layer that the spec of a packed weight describes, its tensors not yet filled."""
+    sizes = {field: spec[field] for field in SPEC_FIELDS[spec["format"]] - {"shape"}}
+    made: nn.Module = LAYERS[spec["format"]](shape=tuple(spec["shape"]), **sizes, bias=bias, dtype=dtype, device=device)
+    return made
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -349,17 +371,36 @@ def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
             )
 
 
-def _check_loaded(name: str, layer: SharedLinear) -> None:
+def _check_loaded(name: str, layer: nn.Module) -> None:
     """transformers fills tensors it did not find with whatever is in memory, and only warns."""
-    for key, tensor in layer.state_dict(keep_vars=True).items():
-        if tensor.is_meta:  # offloaded to disk
-            continue
-        if not getattr(tensor, "_is_hf_initialized", False):
+    tensors = layer.state_dict(keep_vars=True)
+    offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk
+    for key, tensor in tensors.items():
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"the saved files lack {name}.{key}; save or download the model again")
-        if key == "labels" and not 0 <= int(tensor.min()) <= int(tensor.max()) < layer.clusters:
-            raise ValueError(f"{name}.labels must be in [0, {layer.clusters}); the saved files are damaged")
-        if key == "channels" and not torch.equal(tensor.cpu().sort().values.long(), torch.arange(len(tensor))):
-            raise ValueError(f"{name}.channels must be a permutation; the saved files are damaged")
+    for key, demand in () if offloaded else _broken(layer):
+        raise ValueError(f"{name}.{key} must {demand}; the saved files are damaged")
+
+
+def _broken(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each index tensor of a packed layer that points nowhere, and what it must be."""
+    if isinstance(layer, SharedLinear):
+        labels, channels = layer.labels, layer.channels
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < layer.clusters:
+            yield "labels", f"be in [0, {layer.clusters})"
+        if channels is not None and not torch.equal(channels.cpu().sort().values.long(), torch.arange(len(channels))):
+            yield "channels", "be a permutation"
+    if isinstance(layer, Sparse24Linear):
+        codes = torch.stack([layer.positions & 15, layer.positions >> 4])
+        if bool(((codes & 3) >= codes >> 2).any()):
+            yield "positions", "name two columns of every four, the first below the second"
+    if isinstance(layer, BitmapLinear):
+        kept = kept_columns(layer.bitmap, 8 * layer.bitmap.shape[1])
+        starts = layer.offsets.long()
+        if bool(kept[:, layer.in_features :].any()):
+            yield "bitmap", f"have no bit past column {layer.in_features - 1}"
+        if int(starts[0]) or int(starts[-1]) != len(layer.weight) or not torch.equal(starts.diff(), kept.sum(1)):
+            yield "offsets", "count the bits of each row of the bitmap"
 
 
 register()

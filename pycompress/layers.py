@@ -8,10 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, linear
 
+from pycompress.formats import bitmap_pays
 from pycompress.groups import ARCHITECTURES, Branch
+from pycompress.ops.bitmap_linear import bitmap_linear
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
+from pycompress.ops.sparse24_linear import sparse24_linear
+from pycompress.sparse import pack_bitmap, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
 
 
@@ -89,6 +93,152 @@ def _numbers(
     codes = {name: code for code, name in CODES.items()}
     empty = torch.empty(stored_shape(rows, n, storage), dtype=codes.get(storage, dtype), device=device)
     return nn.Parameter(empty, requires_grad=storage == "float")
+
+
+class ZerosLinear(nn.Module):
+    """A linear layer whose weight has zeros, multiplied dense.
+
+    Takes `x [..., K]`, gives `[..., N]`. `weight [N, K]` and `bias` train; a zero of the weight gets no gradient, so
+    that it stays zero under any optimizer that moves each weight by its own gradient and decays it by a factor. The
+    state dict holds the weight as `formats.Bitmap` does.
+    """
+
+    weight: nn.Parameter
+    stored: ClassVar[tuple[str, ...]] = ("weight", "bitmap", "offsets")
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            weight = _GradientOfKept.apply(weight)  # type: ignore[no-untyped-call]
+        return linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return _sizes(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.weight.is_meta:
+            packed = pack_bitmap(self.weight.detach())
+            destination |= {prefix + name: tensor for name, tensor in zip(self.stored, packed, strict=True)}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        names = [prefix + name for name in self.stored]
+        if all(name in state_dict for name in names):
+            values, bitmap, offsets = (state_dict[name] for name in names)
+            dense = unpack_bitmap(values, bitmap, offsets, self.in_features)
+            state_dict = {k: v for k, v in state_dict.items() if k not in names} | {names[0]: dense}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _GradientOfKept(torch.autograd.Function):
+    """The weight itself; no gradient reaches its zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return gradient.masked_fill(weight == 0, 0)
+
+
+class Sparse24Linear(nn.Module):
+    """A linear layer that keeps two of every four columns of a row; see `formats.Sparse24`.
+
+    Takes `x [..., K]`, gives `[..., N]`; no dense weight is formed where a kernel runs. The values `weight
+    [N, K / 2]` and `bias` train; the zeros are not there to be trained.
+    """
+
+    weight: nn.Parameter
+    positions: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = n, k = shape
+        self.weight = nn.Parameter(torch.empty(n, k // 2, dtype=dtype, device=device))
+        self.register_buffer("positions", torch.empty(n, k // 8, dtype=torch.uint8, device=device))
+        self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse24_linear(x, self.weight, self.positions, self.bias)
+
+    def extra_repr(self) -> str:
+        return _sizes(self) + f", kernel={kernel_in_use(self.weight)}"
+
+
+class BitmapLinear(nn.Module):
+    """A linear layer that stores no zeros of its weight; see `formats.Bitmap`.
+
+    Takes `x [..., K]`, gives `[..., N]`; no dense weight is formed where a kernel runs. `weight [kept]` (values) and
+    `bias` train; the zeros are not there to be trained.
+    """
+
+    weight: nn.Parameter
+    bitmap: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        kept: int,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = n, k = shape
+        self.weight = nn.Parameter(torch.empty(kept, dtype=dtype, device=device))
+        self.register_buffer("bitmap", torch.empty(n, 8 * -(-k // 64), dtype=torch.uint8, device=device))
+        self.register_buffer("offsets", torch.empty(n + 1, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bitmap_linear(x, self.weight, self.bitmap, self.offsets, self.bias)
+
+    def extra_repr(self) -> str:
+        return _sizes(self) + f", kept={len(self.weight)}, kernel={kernel_in_use(self.weight)}"
+
+    @torch.no_grad()
+    def fastest(self) -> BitmapLinear | ZerosLinear:
+        """This layer where its bitmap pays, else one that multiplies dense."""
+        shape = (self.out_features, self.in_features)
+        if self.weight.is_meta or bitmap_pays(shape, len(self.weight), self.weight.device):
+            return self
+        made = ZerosLinear(shape, bias=False, device="meta")
+        dense = unpack_bitmap(self.weight, self.bitmap, self.offsets, shape[1])
+        made.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        made.bias = self.bias
+        return made.train(self.training)
+
+
+# Layers that hold the zeros of a pruned weight.
+SPARSE = (ZerosLinear, Sparse24Linear, BitmapLinear)
+# Layers of a packed weight.
+PACKED = (SharedLinear, *SPARSE)
+
+
+def _sizes(layer: ZerosLinear | Sparse24Linear | BitmapLinear) -> str:
+    return f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}"
 
 
 class KeptRotary(nn.Module):

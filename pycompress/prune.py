@@ -18,9 +18,10 @@ from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Statistics
 from pycompress.methods.structural import STRUCTURAL, Bar, Group, Member, Refit, Search, Structural, StructuralConfig
+from pycompress.records import Records
 from pycompress.refit import Readers, assign, reader_aims, refit_linears, refit_reader, writer_aims
 from pycompress.reform import compensation
-from pycompress.replace import dense_weight
+from pycompress.replace import dense_weight, recorded_importance
 from pycompress.report import DROPPED, Row
 from pycompress.search import Result
 from pycompress.sensitivity import loss_covariance, weight_saliency
@@ -50,6 +51,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.method: Structural = STRUCTURAL[type(self.config)]
+        self.records = None if self.config.recorded is None else Records(self.config.recorded)
         self.scores = self.method.scores
         self.search = self.method.search(self.config)
         self.refit = self.method.refit(self.config)
@@ -318,7 +320,8 @@ class Pruning:
     ) -> Member:
         holder = self.sizes[block].holder(role)
         name = self._name(block, holder)
-        weight = dense_weight(self.model.get_submodule(name)).float()
+        linear = self.model.get_submodule(name)
+        weight = dense_weight(linear).float()
         inputs = statistics.get(holder)
         reads = role in READERS
         return Member(
@@ -328,6 +331,7 @@ class Pruning:
             mean=None if inputs is None else inputs.mean,
             saliency=saliency[name][1 if reads else 0] if name in saliency else None,
             covariance=covariance.get(name),
+            recorded=None if self.records is None else recorded_importance(self.records, name, linear),
         )
 
     def _mlp(self, block: int) -> Group:

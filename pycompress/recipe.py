@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,25 @@ class Config:
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def recorded(self) -> str | None:
+        """The folder of weights along training that the method reads, as `TrajectoryTracker.save` wrote it."""
+        return None
+
+    def resolved(self) -> Config:
+        """The config that does what this one says: itself, unless it stands for another method."""
+        return self
+
+    def of_any_size(self) -> Config:
+        """The config that stands for all that measure the same of a model, whatever is kept of it."""
+        kept = {"keep": 1.0} if _has_field(type(self), "keep") else {}
+        return dataclasses.replace(self, targets=None, **kept)
+
+    @classmethod
+    def size(cls, keep: float, settings: Iterable[str]) -> dict[str, float]:
+        """What to add to these settings for a share `keep`; nothing where they say it, or where no share is taken."""
+        return {"keep": keep} if _has_field(cls, "keep") and "keep" not in settings else {}
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain YAML or JSON values, the method's name first."""
         return {"method": self.name} | dataclasses.asdict(self)
@@ -69,12 +89,20 @@ class Config:
 Recipe = list[Config]
 
 
+def _has_field(config: type[Config], name: str) -> bool:
+    return any(f.name == name for f in dataclasses.fields(config))
+
+
 def parse(recipe: Config | list[Config] | tuple[Config, ...] | str | Path) -> Recipe:
-    """A recipe in any of its forms as a list of configs.
+    """A recipe in any of its forms as a list of configs, each of the method that runs.
 
     `recipe`: a config, a list of configs, a method's name (taken with its defaults) or the path of a YAML file.
     Raises `TypeError` or `ValueError` with what is allowed.
     """
+    return [config.resolved() for config in _configs(recipe)]
+
+
+def _configs(recipe: Config | list[Config] | tuple[Config, ...] | str | Path) -> Recipe:
     if isinstance(recipe, Config):
         return [recipe]
     if isinstance(recipe, (list, tuple)):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pycompress import hub
 from pycompress.formats import Packed, Rounded, SharedChannels
-from pycompress.layers import SharedLinear
+from pycompress.layers import PACKED, BitmapLinear
+from pycompress.records import Records
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,6 +25,17 @@ def dense_weight(module: nn.Module) -> Tensor:
     return (weight if isinstance(module, nn.Linear) else weight.T).contiguous()
 
 
+def recorded_importance(records: Records, name: str, module: nn.Module) -> Tensor:
+    """Importance along training of the weight of the module called `name`, `[N, K]` float32, where the weight is.
+
+    Raises `ValueError` where it was not recorded.
+    """
+    weight = module.get_parameter("weight")
+    records.check(name, tuple(weight.shape))
+    found = records.importance(name).to(weight.device)
+    return found if isinstance(module, nn.Linear) else found.T.contiguous()
+
+
 def check_replaceable(model: nn.Module, name: str) -> None:
     """Raise `ValueError` unless `replace` can take the module called `name`.
 
@@ -32,7 +44,7 @@ def check_replaceable(model: nn.Module, name: str) -> None:
     """
     hub.check_not_quantized(model)
     module = _submodule(model, name)
-    if isinstance(module, SharedLinear) or name in hub.compressed_modules(model):
+    if isinstance(module, PACKED) or name in hub.compressed_modules(model):
         raise ValueError(f"{name} is compressed already; start from the dense model")
     if hub.linear_shape(module) is None:
         raise ValueError(f"{name}: {_not_a_linear(module)}")
@@ -54,8 +66,8 @@ def check_replaceable(model: nn.Module, name: str) -> None:
 def replace(model: nn.Module, name: str, packed: Packed) -> None:
     """Give the module called `name` the weight `packed`, and record that on the model so that it is saved.
 
-    `SharedChannels` swaps the module for a `SharedLinear` on the same device, in the same dtype and mode, with the
-    same bias; `Rounded` gives the module a new weight. Raises `ValueError` as `check_replaceable` does, and
+    `Rounded` gives the module a new weight; other formats swap it for their layer on the same device, in the same
+    dtype and mode, with the same bias. Raises `ValueError` as `check_replaceable` does, and
     for a packed weight of another shape, leaving the model as it was.
     """
     check_replaceable(model, name)
@@ -69,12 +81,12 @@ def replace(model: nn.Module, name: str, packed: Packed) -> None:
         module.register_parameter("weight", nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad))
     else:
         # A packed `weight` of the dense shape would load into the dense module where pycompress is not imported.
-        if packed.weight.shape == module.weight.shape:
+        if isinstance(packed, SharedChannels) and packed.weight.shape == module.weight.shape:
             raise ValueError(
                 f"{name}: {packed.clusters} clusters and rank {packed.rank} take at least the bytes of the dense "
                 f"{list(packed.shape)}; use fewer, or leave the module dense"
             )
-        model.set_submodule(name, _shared_linear(module, packed))
+        model.set_submodule(name, _packed_layer(module, packed))
     hub.record(model, name, packed.spec())
 
 
@@ -98,7 +110,7 @@ class Undo:
         self.dense.clear()
 
 
-def _shared_linear(module: nn.Module, packed: SharedChannels) -> SharedLinear:
+def _packed_layer(module: nn.Module, packed: Packed) -> nn.Module:
     weight = module.get_parameter("weight")
     layer = hub.empty_layer(packed.spec(), bias=module.bias is not None, dtype=weight.dtype, device="meta")
     for key, tensor in packed.tensors().items():
@@ -110,7 +122,8 @@ def _shared_linear(module: nn.Module, packed: SharedChannels) -> SharedLinear:
             layer.register_buffer(key, values)
     if module.bias is not None:
         layer.bias = module.get_parameter("bias")
-    return layer.train(module.training)
+    layer.train(module.training)
+    return layer.fastest() if isinstance(layer, BitmapLinear) else layer
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

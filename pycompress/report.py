@@ -62,10 +62,11 @@ class Report:
     searches: tuple[Result, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        lines = [f"{'module':<42}{'format':<30}{'bytes':>11}{'keep':>8}{'error':>9}{'seconds':>9}"]
+        width = max([28, *(len(row.format) for row in self.rows)]) + 2
+        lines = [f"{'module':<42}{'format':<{width}}{'bytes':>11}{'keep':>8}{'error':>9}{'seconds':>9}"]
         for row in self.rows:
             lines.append(
-                f"{row.name:<42}{row.format:<30}{row.after:>11}{row.keep:>8.3f}{row.error:>9.4f}{row.seconds:>9.2f}"
+                f"{row.name:<42}{row.format:<{width}}{row.after:>11}{row.keep:>8.3f}{row.error:>9.4f}{row.seconds:>9.2f}"
             )
         for name in ("targets", "decoder", "file"):
             total: Total = getattr(self, name)

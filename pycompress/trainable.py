@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pycompress import groups, hub
 from pycompress.formats import Rounded
-from pycompress.layers import SharedLinear
+from pycompress.layers import PACKED, SPARSE
 from pycompress.storage import storage_of
 
 ADVICE = 'method="factors" trains what packed layers hold in floats'
@@ -87,7 +87,7 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     Raises `ValueError` for targets that name nothing, a packed layer or a rounded one, and where no linear is ordinary.
     """
     names = [linear.name for linear in groups.select(model, targets)]
-    packed = [name for name in names if isinstance(model.get_submodule(name), SharedLinear)]
+    packed = [name for name in names if isinstance(model.get_submodule(name), PACKED)]
     rounded = [name for name in names if name in _rounded(model)]
     if targets is None:
         names = [name for name in names if name not in packed and name not in rounded]
@@ -113,14 +113,16 @@ def add_lora(model: PreTrainedModel, names: list[str], rank: int) -> Any:
 
 
 def zeros_of(model: PreTrainedModel, trained: Sequence[str]) -> dict[str, Tensor]:
-    """Where the block linears' weights that train are exactly zero, by parameter name.
+    """Where the weights of the blocks' ordinary linears that train are exactly zero, by parameter name.
 
-    Raises `ValueError` where no weight has a zero.
+    Pruned layers keep their zeros by themselves. Raises `ValueError` where no weight has a zero.
     """
-    weights = {f"{linear.name}.weight" for linear in groups.linears(model)} & set(trained)
+    names = [linear.name for linear in groups.linears(model)]
+    pruned = {name for name in names if isinstance(model.get_submodule(name), SPARSE)}
+    weights = {f"{name}.weight" for name in names if name not in pruned} & set(trained)
     masks = {name: model.get_parameter(name).detach() == 0 for name in sorted(weights)}
     masks = {name: mask for name, mask in masks.items() if mask.any()}
-    if not masks:
+    if not masks and not pruned:
         raise ValueError("keep_zeros=True, but no weight of the blocks' linears has a zero; leave it False")
     return masks
 
@@ -140,8 +142,8 @@ def gradients_masked(model: PreTrainedModel, zeros: dict[str, Tensor]) -> Iterat
             hook.remove()
 
 
-def _packed(model: nn.Module) -> dict[str, SharedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SharedLinear)}
+def _packed(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PACKED)}
 
 
 def _rounded(model: nn.Module) -> set[str]:

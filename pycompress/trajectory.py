@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from pycompress.files import write_whole
+from pycompress.records import STEM, importance, opened
 
 # What wrappers put before a module's name.
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
@@ -93,18 +93,19 @@ class TrajectoryTracker(TrainerCallback):
         return {name: self._whole.get(name, _same)(self._importance(kept)) for name, kept in self._kept.items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write the records to `folder`, a file a process."""
+        """Write the records to `folder`, which is made if it is not there, a file a process."""
         settings = {"window": self.window, "every": self.every, "signed": self.signed, "targets": self.targets}
         facts = {"count": self.count, **settings}
         tensors = {name: kept.contiguous() for name, kept in self._kept.items()}
-        write_whole(_file(Path(folder)), save(tensors, {"trajectory": json.dumps(facts)}))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_whole(_file(Path(folder)), save(tensors, {STEM: json.dumps(facts)}))
 
     @classmethod
     def load(cls, folder: str | Path, storage: str | Path = "device") -> TrajectoryTracker:
         """A tracker with the records that `save` wrote. Raises ValueError where there are none."""
         file = _file(Path(folder))
-        with _opened(file) as tensors:
-            facts = json.loads(tensors.metadata()["trajectory"])
+        with opened(file) as tensors:
+            facts = json.loads(tensors.metadata()[STEM])
         count = facts.pop("count")
         tracker = cls(**facts, storage=storage)
         tracker._read(file, count)
@@ -123,8 +124,8 @@ class TrajectoryTracker(TrainerCallback):
         if not _file(folder).exists():
             warnings.warn(f"{folder} holds no trajectory: records begin at step {state.global_step}", stacklevel=2)
             return
-        with _opened(_file(folder)) as tensors:
-            facts = json.loads(tensors.metadata()["trajectory"])
+        with opened(_file(folder)) as tensors:
+            facts = json.loads(tensors.metadata()[STEM])
         known = {"window": self.window, "every": self.every, "signed": self.signed}
         differ = [name for name, value in known.items() if facts[name] != value]
         if differ:
@@ -188,18 +189,10 @@ class TrajectoryTracker(TrainerCallback):
         kept[0].add_(value.to(kept.device, torch.float32), alpha=self.count)
 
     def _importance(self, kept: Tensor) -> Tensor:
-        if self.window is None:
-            total, weights = kept[0], self.count * (self.count + 1) / 2
-            return total.abs() / weights
-        records = range(max(1, self.count - self.window), self.count + 1)
-        total = torch.zeros(kept.shape[1:], dtype=torch.float32, device=kept.device)
-        for record in records:
-            value = kept[record % len(kept)]
-            total.add_((value if self.signed else value.abs()).float(), alpha=record)
-        return total.abs_() / sum(records)
+        return importance(kept, self.count, self.window, self.signed)
 
     def _read(self, file: Path, count: int) -> None:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 value = tensors.get_tensor(name)
                 if self.storage in ("device", "cpu"):
@@ -235,11 +228,4 @@ def _rank_suffix() -> str:
 
 
 def _file(folder: Path) -> Path:
-    return folder / f"trajectory{_rank_suffix()}.safetensors"
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} holds no trajectory: {error}") from error
+    return folder / f"{STEM}{_rank_suffix()}.safetensors"

@@ -30,6 +30,7 @@ TIERS = (
         "candidates",
         "evolve",
         "prune",
+        "records",
         "refit",
         "reform",
         "replace",

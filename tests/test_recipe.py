@@ -55,7 +55,7 @@ def test_a_recipe_of_another_type_is_refused(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: Prune", "needs `method`, one of FLAP, LayerDrop, LowRank, Magnitude, PruneNet, RTN"),
+        ("method: Shrink", "needs `method`, one of FLAP, LayerDrop, LowRank, Magnitude, Prune, PruneNet, RTN"),
         ("keep: 0.5", "needs `method`"),
         ("method: SWSC\nkept: 0.5", "SWSC has no setting 'kept'; it has"),
         ("method: [", "is not valid YAML"),

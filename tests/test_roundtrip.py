@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pycompress
-from pycompress import RTN, SWSC, LowRank
+from pycompress import RTN, SWSC, LowRank, Prune
 
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
 RECIPES = {
@@ -19,6 +19,9 @@ RECIPES = {
     "rtn": RTN(3),
     "int8": SWSC(0.3, storage="int8"),
     "int4": SWSC(0.3, storage="int4"),
+    "zeros": Prune("magnitude", sparsity=0.5),
+    "bitmap": Prune("wanda", sparsity=0.8),
+    "2:4": Prune("sparsegpt", "2:4"),
 }
 
 LOAD = textwrap.dedent(

@@ -9,10 +9,12 @@ from pycompress.methods.random_units import Random
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.methods.rtn import RTN
 from pycompress.methods.slicegpt import SliceGPT
+from pycompress.methods.sparsity import Prune
 from pycompress.methods.structural import STRUCTURAL, Group, Member, ShrinkConfig, Structural, StructuralConfig
 from pycompress.methods.subnet_search import SubnetSearch
 from pycompress.methods.swsc import SWSC
 from pycompress.methods.taylor import Taylor
+from pycompress.methods.trajectory_channels import TrajectoryChannels
 from pycompress.methods.wanda import Wanda
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Magnitude",
     "Member",
     "Method",
+    "Prune",
     "PruneNet",
     "Random",
     "ShrinkConfig",
@@ -37,5 +40,6 @@ __all__ = [
     "StructuralConfig",
     "SubnetSearch",
     "Taylor",
+    "TrajectoryChannels",
     "Wanda",
 ]

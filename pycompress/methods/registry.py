@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pycompress.formats import Packed
 from pycompress.recipe import Config
+
+# Matrices by name, with their weights and, of a trajectory, their importances; may be gone through again.
+Matrices = Callable[[], Iterable[tuple[str, Tensor, Tensor | None]]]
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,17 @@ class Method:
     """`compress(weight [N, K], statistics | None, config, budget in bytes | None, curve | None)` gives a packed weight,
     or None to leave the matrix dense. `curve(weight, statistics, config)` is there where one budget is shared between
     matrices: `shared(config)` says whether it is. `check(shape, dtype, config)` raises ValueError for a matrix that
-    cannot be packed so. `sensitive(config)` says whether the loss's gradients are wanted.
+    cannot be packed so. `sensitive(config)` says whether the loss's gradients are wanted. `budgets(config)` gives
+    what sets all budgets from the weights alone, where the config wants that. Where the config names weights
+    along training (`recorded`), their importance is a further argument, `importance`, of `compress` and `curve`.
     """
 
-    compress: Callable[[Tensor, Statistics | None, Any, int | None, Curve | None], Packed | None]
-    curve: Callable[[Tensor, Statistics | None, Any], Curve] | None = None
+    compress: Callable[..., Packed | None]
+    curve: Callable[..., Curve] | None = None
     check: Callable[[tuple[int, int], torch.dtype, Any], None] = lambda shape, dtype, config: None
     shared: Callable[[Any], bool] = lambda config: False
     sensitive: Callable[[Any], bool] = lambda config: False
+    budgets: Callable[[Any], Callable[[Any, Matrices], dict[str, int]] | None] = lambda config: None
 
 
 METHODS: dict[type[Config], Method] = {}

@@ -27,7 +27,7 @@ def round_to(values: Tensor, kind: str, metric: Tensor | None, dtype: torch.dtyp
     rows, n = values.shape
     storage.stored_shape(rows, n, kind)
     rest = values.float().clone()
-    spread = None if metric is None else _spread(metric)
+    spread = None if metric is None else compensating(metric)
     group = n if kind == "int8" else storage.GROUP
     codes = torch.empty((rows, n), dtype=torch.int8, device=values.device)
     scales = rest.new_empty(storage.scales_shape(rows, n, kind))
@@ -49,7 +49,7 @@ def round_to(values: Tensor, kind: str, metric: Tensor | None, dtype: torch.dtyp
     return storage.pack(codes, kind), scales.to(dtype)
 
 
-def _spread(metric: Tensor) -> Tensor:
+def compensating(metric: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped metric: row i says how the columns after i make up for i."""
     wide = metric.double()
     mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)

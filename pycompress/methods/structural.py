@@ -13,7 +13,7 @@ from pycompress.recipe import Config
 from pycompress.search import Evolution
 
 # What scores may be measured from, beside the weights.
-NEEDS = ("gram", "mean", "saliency", "covariance", "influence")
+NEEDS = ("gram", "mean", "saliency", "covariance", "influence", "recorded")
 PARTS = ("mlp", "attention", "kv_heads")
 
 
@@ -68,6 +68,7 @@ class Member:
     others, float32, are there where the method needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs.
     `saliency`: `|W ⊙ ∂loss/∂W|` summed over each row of a writer `[N]`, each column of a reader `[K]`, in nats.
     `covariance [N, N]`: of the loss's gradients by the outputs of a reader, in nats² over the output's unit squared.
+    `recorded [N, K]`: importance of each weight along training.
     """
 
     weight: Tensor
@@ -76,6 +77,7 @@ class Member:
     mean: Tensor | None = None
     saliency: Tensor | None = None
     covariance: Tensor | None = None
+    recorded: Tensor | None = None
 
 
 @dataclass(frozen=True)
