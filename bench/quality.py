@@ -29,6 +29,7 @@ from pycompress import (
     LayerDrop,
     LowRank,
     Magnitude,
+    Prune,
     PruneNet,
     Random,
     SliceGPT,
@@ -112,9 +113,17 @@ ROWS += (
     *((f"pruned to {keep}: PruneNet", PruneNet(keep, round_to=8)) for keep in PRUNED),
 )
 
+ZEROED = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt"}
+ROWS += (
+    *((f"50% zeros unstructured: {name}", Prune(score, sparsity=0.5)) for name, score in ZEROED.items()),
+    ("50% zeros unstructured: SparseGPT, one budget", Prune("sparsegpt", sparsity=0.5, scope="global")),
+    *((f"50% zeros 2:4: {name}", Prune(score, "2:4")) for name, score in ZEROED.items()),
+)
+
 
 ALWAYS = ("api", "calibrate", "sensitivity")
 PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
+ZEROING = (*PACKING, "sparse", "methods/sparsegpt")
 SLICING = ("slicing", "rotate", "skeleton")
 PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 
@@ -123,8 +132,8 @@ def sources(config: Config | None) -> str:
     """A hash of the files that decide a row to more than rounding."""
     root = Path(pycompress.__file__).parent
     shared: tuple[str, ...] = () if config is None else PRUNING if isinstance(config, ShrinkConfig) else PACKING
-    if isinstance(config, SliceGPT):
-        shared = SLICING
+    if isinstance(config, (SliceGPT, Prune)):
+        shared = SLICING if isinstance(config, SliceGPT) else ZEROING
     files = [root / f"{name}.py" for name in sorted(ALWAYS + shared)]
     if config is not None:
         files.append(Path(inspect.getfile(type(config))))

@@ -61,6 +61,7 @@ def apply(
     # Every structural method takes all the linears of the blocks.
     _check_weights(model, plan(model, [*structural[:1]]))
     _check_weights(model, steps)
+    _check_vision(model, structural, steps)
     batches = _batches(model, configs, calibration, tokenizer)
     saved = Checkpoint(checkpoint, _identity(model, batches) if checkpoint is not None else {}, configs)
     job = _Job(model, batches, saved, progress)
@@ -144,7 +145,8 @@ class _Job:
 
     def feel(self, steps: Plan) -> None:
         """Measure what the loss feels of each output of the matrices whose method asks for it."""
-        names = [step.name for step in steps.steps if METHODS[type(step.config)].sensitive(step.config)]
+        felt = [step for step in steps.steps if METHODS[type(step.config)].sensitive(step.config)]
+        names = [step.name for step in felt if step.block != groups.OUTSIDE]
         if self.batches is None or not names:
             return
         found = self.saved.load_sensitivity(names)
@@ -158,7 +160,7 @@ class _Job:
     def _curves(self, shared: list[Step], depth: int) -> dict[str, Curve]:
         stream = self._stream()
         curves: dict[str, Curve] = {}
-        for block in self._bar(range(depth), "measuring"):
+        for block in self._bar(range(min(0, shared[0].block), depth), "measuring"):
             here = [step for step in shared if step.block == block]
             found = self.saved.load_curves(block, [step.name for step in here])
             last = block == depth - 1
@@ -166,33 +168,35 @@ class _Job:
                 statistics = self._statistics(stream, here, advance=not last)
                 found = {step.name: self._curve(step, statistics) for step in here}
                 self.saved.save_curves(block, found)
-            elif stream is not None and not last:
+            elif stream is not None and block != groups.OUTSIDE and not last:
                 stream.advance()
             curves.update(found)
         return curves
 
     def compress(self, steps: Plan) -> list[Row]:
         """Compress block after block, each calibrated on what the compressed ones before it give."""
-        stream = self._stream()
         by_block = dict(steps.by_block())
-        rows: list[Row] = []
+        # A vision tower gives the blocks their inputs, and goes before them.
+        rows = self._block(groups.OUTSIDE, by_block[groups.OUTSIDE], None) if groups.OUTSIDE in by_block else []
+        stream = self._stream()
         for block in self._bar(range(steps.depth), "compressing"):
-            finished = self.saved.load_block(block)
-            if finished is None:
-                finished = self._block(by_block.get(block, []), stream)
-                self.saved.save_block(block, finished)
-            for name, packed, row in finished:
-                rows.append(row)
-                if packed is not None:
-                    self.undo.note(name)
-                    replace(self.model, name, packed)
+            rows += self._block(block, by_block.get(block, []), stream)
             if stream is not None and block < steps.depth - 1:
                 stream.advance()
         return rows
 
-    def _block(self, steps: list[Step], stream: Stream | None) -> Finished:
-        statistics = self._statistics(stream, steps)
-        return [self._matrix(step, statistics.get(step.name)) for step in steps]
+    def _block(self, block: int, steps: list[Step], stream: Stream | None) -> list[Row]:
+        """Compress one block, or take what an earlier run made of it, and put it in place."""
+        finished: Finished | None = self.saved.load_block(block)
+        if finished is None:
+            statistics = self._statistics(stream, steps)
+            finished = [self._matrix(step, statistics.get(step.name)) for step in steps]
+            self.saved.save_block(block, finished)
+        for name, packed, _ in finished:
+            if packed is not None:
+                self.undo.note(name)
+                replace(self.model, name, packed)
+        return [row for _, _, row in finished]
 
     def _matrix(self, step: Step, statistics: Statistics | None) -> tuple[str, Packed | None, Row]:
         start = time.perf_counter()
@@ -233,6 +237,9 @@ class _Job:
 
     def _statistics(self, stream: Stream | None, steps: list[Step], advance: bool = False) -> dict[str, Statistics]:
         """Each step's input statistics, measured once for the linears that share an input."""
+        if self.batches is not None and steps and steps[0].block == groups.OUTSIDE:
+            modules = {s.name: self.model.get_submodule(s.name) for s in steps if s.config.needs_calibration}
+            return calibrate.statistics_before(self.model, groups.blocks(self.model), self.batches, modules)
         if stream is None:
             return {}
         stages = {role: stage.roles for stage in groups.architecture_of(self.model).stages for role in stage.roles}
@@ -283,6 +290,23 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             raise ValueError(f"{step.name}: {error}") from error
 
 
+def _check_vision(model: nn.Module, structural: list[ShrinkConfig], steps: Plan) -> None:
+    """Raise `ValueError` for what a vision-language model or its vision tower cannot be given."""
+    if structural and groups.architecture_of(model).beside:
+        raise ValueError(
+            f"{structural[0].name} makes whole language models narrower, and {type(model).__name__} holds one beside a "
+            f"vision tower; take a method that packs single matrices, such as Prune or SWSC"
+        )
+    for step in steps.steps:
+        method = METHODS[type(step.config)]
+        if step.block == groups.OUTSIDE and method.shared(step.config) and method.sensitive(step.config):
+            raise ValueError(
+                f"{step.name} is outside the decoder blocks, where the loss's gradients are not measured, and "
+                f"{step.config.name} spreads one budget by them; give it a recipe entry of its own with "
+                f'scope="layer" or allocation="uniform"'
+            )
+
+
 def _batches(model: nn.Module, configs: Recipe, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:
     if calibration is None:
         needing = sorted({config.name for config in configs if config.needs_calibration})
@@ -320,7 +344,7 @@ def _report(
     dense = {row.name: row for row in pruned}
     rows = [replace_field(row, before=dense[row.name].before) if row.name in dense else row for row in packed]
     rows += [row for row in pruned if row.name not in {row.name for row in packed}]
-    saved = sum(row.before - row.after for row in packed)
+    saved = sum(row.before - row.after for row in packed if row.block != groups.OUTSIDE)
     stored = sum(row.before - row.stored for row in packed)
     return Report(
         tuple(rows),

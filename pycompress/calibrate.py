@@ -25,6 +25,8 @@ WINDOW = 512  # tokens
 def prepare(model: Any, calibration: Any, tokenizer: Any) -> list[Batch]:
     """Calibration data in any accepted form as a list of `{"input_ids": [B, T], "attention_mask": [B, T]}`.
 
+    Batches with `pixel_values`, of one image a row, keep the other tensors that their processor gave, labels apart.
+
     `calibration`: a list of str (joined, tokenised and cut into windows of 512 tokens, BOS before each where the
     model has one), a tensor of ids `[B, T]`, or an iterable of id tensors or dict batches such as a DataLoader.
     Raises `ValueError` or `TypeError` when it is empty, of another kind, or has ids outside the vocabulary.
@@ -72,7 +74,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     for batch in batches:
         for name in sorted(batch):
             digest.update(name.encode() + str(tuple(batch[name].shape)).encode())
-            digest.update(batch[name].cpu().contiguous().numpy().tobytes())
+            digest.update(batch[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -88,6 +90,9 @@ def _batch(entry: Any) -> Batch:
         raise TypeError("calibration input_ids must be an integer tensor [B, T]")
     ids = ids.long() if ids.ndim == 2 else ids.long()[None]
     batch = {"input_ids": ids}
+    if "pixel_values" in entry:
+        batch |= {k: v for k, v in entry.items() if isinstance(v, Tensor) and k not in ("input_ids", "labels")}
+        batch.pop("attention_mask", None)
     if "attention_mask" in entry and not bool(entry["attention_mask"].all()):
         batch["attention_mask"] = entry["attention_mask"].view_as(ids)
     return batch
@@ -203,10 +208,7 @@ class Stream:
                 gram_sum.handle.remove()
         if advance:
             self.enter_next(outputs)
-        return {
-            name: Statistics(found.total / found.tokens, found.tokens, mean=found.sum / found.tokens)
-            for name, found in sums.items()
-        }
+        return {name: found.statistics() for name, found in sums.items()}
 
     def captured(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and outputs of the linear or norm at `path` of the current block, without padded tokens, a batch
@@ -237,6 +239,28 @@ class Stream:
         """Go to the next block, which gets these outputs of the current one."""
         self.hidden = [output for output in outputs if output is not None]
         self.position += 1
+
+
+def statistics_before(
+    model: nn.Module, blocks: list[nn.Module], batches: list[Batch], linears: dict[str, nn.Module]
+) -> dict[str, Statistics]:
+    """Statistics of the inputs of `linears`, which run before the decoder blocks, as those of a vision tower do.
+
+    Raises `ValueError` for one that the batches do not reach.
+    """
+    sums = {name: _InputGram(module, last=False) for name, module in linears.items()}
+    try:
+        Stream.open(model, blocks, batches)
+    finally:
+        for gram_sum in sums.values():
+            gram_sum.handle.remove()
+    unseen = [name for name, found in sums.items() if not found.tokens]
+    if unseen:
+        raise ValueError(
+            f"the calibration data does not reach {unseen[0]}; give batches with the images it reads "
+            f"(pixel_values), or compress it without calibration"
+        )
+    return {name: found.statistics() for name, found in sums.items()}
 
 
 def block_influence(stream: Stream) -> Tensor:
@@ -276,6 +300,9 @@ class _InputGram:
         self.tokens += len(x)
         if self.last:
             raise _ReachedError
+
+    def statistics(self) -> Statistics:
+        return Statistics(self.total / self.tokens, self.tokens, mean=self.sum / self.tokens)
 
 
 def _skip(blocks: list[nn.Module], seen: list[tuple[tuple[Any, ...], dict[str, Any]]], entry: list[Tensor]) -> None:

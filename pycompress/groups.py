@@ -76,7 +76,8 @@ class Architecture:
     probability, of dropout after attention and MLP, where these have none of their own.
 
     The softmax scale is the head width to the power -1/2 unless `fixed_scale`; `scale_by_width` names a config flag
-    that must be true for that, `scale_by_index` one that divides by the block's number too. `parallel_residual` and
+    that must be true for that, `scale_by_index` one that divides by the block's number too. `beside`: the language
+    model is a part of this class, beside others such as a vision tower. `parallel_residual` and
     `norms_first` name config flags: when the first is true, attention and MLP both read the block's input; when the
     second is false, each norm follows the residual sum and there is no final norm.
     """
@@ -107,6 +108,7 @@ class Architecture:
     norms_first: str | None = None
     mlp: tuple[str, ...] = ("mlp",)
     dropouts: tuple[str | None, str | None] = (None, None)
+    beside: bool = False
 
     def parallel(self, config: Any) -> bool:
         """Whether attention and MLP of a model with this config read the same residual stream."""
@@ -341,8 +343,14 @@ def _rounded(size: int, fraction: float, step: int) -> int:
     return size if fraction == 1 else min(nearest, size)
 
 
+OUTSIDE = -1
+
+
 class BlockLinear(NamedTuple):
-    """A linear of a decoder block: its full module name, the block's index, its role."""
+    """A linear of a decoder block: its full module name, the block's index, its role.
+
+    Of a linear outside the decoder blocks the index is `OUTSIDE`, the role empty.
+    """
 
     name: str
     block: int
@@ -559,19 +567,47 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )
 
 
+# Classes with a language model of any known architecture beside a vision tower, and where it is.
+VISION_LANGUAGE: Mapping[str, str] = MappingProxyType(
+    {
+        "Gemma3ForConditionalGeneration": "model.language_model",
+        "LlavaForConditionalGeneration": "model.language_model",
+    }
+)
+
+
 def architecture_of(model: nn.Module) -> Architecture:
     """The description of `model`'s class, or of the first known class it derives from.
 
-    Raises `ValueError` for any other class, naming the supported ones.
+    That of a vision-language model describes its language model. Raises `ValueError` for any other class, naming the
+    supported ones.
     """
     for ancestor in type(model).__mro__:
         if ancestor.__name__ in ARCHITECTURES:
             return ARCHITECTURES[ancestor.__name__]
+        if ancestor.__name__ in VISION_LANGUAGE:
+            return _beside_vision(model, VISION_LANGUAGE[ancestor.__name__])
+    known = ", ".join([*ARCHITECTURES, *VISION_LANGUAGE])
     raise ValueError(
-        f"pycompress knows no architecture {type(model).__name__!r}; supported: {', '.join(ARCHITECTURES)}; "
+        f"pycompress knows no architecture {type(model).__name__!r}; supported: {known}; "
         f"unwrap the model if it is a compiled or wrapped one of these, or describe its class in pycompress/groups.py "
         f"(see CONTRIBUTING.md)"
     )
+
+
+def _beside_vision(model: nn.Module, path: str) -> Architecture:
+    """The architecture of the language model at `path`, its parts as `model` calls them."""
+    held = type(model.get_submodule(path)).__name__
+    alone = ARCHITECTURES.get(f"{held.removesuffix('Model').removesuffix('Text')}ForCausalLM")
+    if alone is None:
+        raise ValueError(
+            f"{type(model).__name__} holds a language model {held}; pycompress knows those of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    parts = ("blocks", "embedding", "final_norm", "rotary", "position_embedding")
+    moved = {part: getattr(alone, part) for part in parts if getattr(alone, part) is not None}
+    moved = {part: f"{path}.{name.partition('.')[2]}" for part, name in moved.items()}
+    return replace(alone, class_name=type(model).__name__, beside=True, **moved)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -639,15 +675,27 @@ def linears(model: nn.Module) -> list[BlockLinear]:
     ]
 
 
-def select(model: nn.Module, targets: Sequence[str] | None) -> list[BlockLinear]:
-    """The block linears that `targets` name, in order of execution.
+def outside(model: nn.Module) -> list[BlockLinear]:
+    """Of a vision-language model the linears outside the decoder blocks, but for the head, as they are registered."""
+    architecture = architecture_of(model)
+    if not architecture.beside:
+        return []
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    apart = (f"{architecture.blocks}.", architecture.head)
+    return [BlockLinear(name, OUTSIDE, "") for name in names if not name.startswith(apart)]
 
-    A target is a role (`"q"`) or a shell pattern over full module names (`"model.layers.0.*"`); `None` takes all.
-    Raises `ValueError` for a target that names nothing.
+
+def select(model: nn.Module, targets: Sequence[str] | None) -> list[BlockLinear]:
+    """The linears that `targets` name, in order of execution.
+
+    A target is a role (`"q"`) or a shell pattern over full module names (`"model.layers.0.*"`); `None` takes all of the
+    decoder blocks. Of a vision-language model patterns name those outside the blocks too, which come first. Raises
+    `ValueError` for a target that names nothing.
     """
     candidates = linears(model)
     if targets is None:
         return candidates
+    candidates = outside(model) + candidates
     targets = (targets,) if isinstance(targets, str) else targets
     chosen: set[str] = set()
     for target in targets:
@@ -665,5 +713,5 @@ def _names_nothing(model: nn.Module, target: str, candidates: list[BlockLinear])
     fused = "".join(f"; {f.role} holds {', '.join(f.parts)} in one matrix" for f in architecture.fused)
     return (
         f"target {target!r} names no linear of {architecture.class_name}; roles: {', '.join(architecture.roles)}"
-        f"{fused}; or give a pattern over module names, such as {candidates[0].name!r}"
+        f"{fused}; or give a pattern over module names, such as {candidates[-1].name!r}"
     )

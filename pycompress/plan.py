@@ -9,14 +9,17 @@ from itertools import groupby
 
 from torch import nn
 
-from pycompress.groups import blocks, select
+from pycompress.groups import blocks, linears, outside, select
 from pycompress.recipe import Config, Recipe
 from pycompress.replace import check_replaceable, dense_weight
 
 
 @dataclass(frozen=True)
 class Step:
-    """One matrix `[N, K]` and the config that compresses it. `budget`: bytes it may take, None where it chooses."""
+    """One matrix `[N, K]` and the config that compresses it. `budget`: bytes it may take, None where it chooses.
+
+    Of a matrix outside the decoder blocks, `block` is `groups.OUTSIDE`.
+    """
 
     name: str
     block: int
@@ -29,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order of execution, over `depth` blocks."""
+    """Steps in order of execution, over `depth` blocks; those outside the blocks come first."""
 
     steps: tuple[Step, ...]
     depth: int
@@ -74,6 +77,6 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             shape = (weight.shape[0], weight.shape[1])
             nbytes = weight.numel() * weight.element_size()
             claimed[linear.name] = Step(linear.name, linear.block, linear.role, shape, nbytes, config)
-    order = {linear.name: index for index, linear in enumerate(select(model, None))}
+    order = {linear.name: index for index, linear in enumerate(outside(model) + linears(model))}
     steps = sorted(claimed.values(), key=lambda step: order[step.name])
     return Plan(tuple(steps), len(blocks(model)))
