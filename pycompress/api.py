@@ -187,16 +187,33 @@ class _Job:
 
     def _block(self, block: int, steps: list[Step], stream: Stream | None) -> list[Row]:
         """Compress one block, or take what an earlier run made of it, and put it in place."""
-        finished: Finished | None = self.saved.load_block(block)
-        if finished is None:
-            statistics = self._statistics(stream, steps)
-            finished = [self._matrix(step, statistics.get(step.name)) for step in steps]
+        known: Finished | None = self.saved.load_block(block)
+        finished: Finished = [] if known is None else known
+        self._put(finished)
+        for part in self._stages(steps) if known is None else ():
+            statistics = self._statistics(stream, part)
+            made = [self._matrix(step, statistics.get(step.name)) for step in part]
+            self._put(made)
+            finished += made
+        if known is None:
             self.saved.save_block(block, finished)
-        for name, packed, _ in finished:
+        return [row for _, _, row in finished]
+
+    def _put(self, made: Finished) -> None:
+        """Put packed weights in place."""
+        for name, packed, _ in made:
             if packed is not None:
                 self.undo.note(name)
                 replace(self.model, name, packed)
-        return [row for _, _, row in finished]
+
+    def _stages(self, steps: list[Step]) -> list[list[Step]]:
+        """The steps of a block that are calibrated together: all, or each stage on what the one before it gives."""
+        staged = any(METHODS[type(step.config)].staged(step.config) for step in steps)
+        if not staged or steps[0].block == groups.OUTSIDE:
+            return [steps]
+        roles = [stage.roles for stage in groups.architecture_of(self.model).stages]
+        found = [[step for step in steps if step.role in stage] for stage in roles]
+        return [part for part in found if part]
 
     def _matrix(self, step: Step, statistics: Statistics | None) -> tuple[str, Packed | None, Row]:
         start = time.perf_counter()

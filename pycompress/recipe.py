@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Config:
         return dataclasses.replace(self, targets=None, **kept)
 
     @classmethod
-    def size(cls, keep: float, settings: Iterable[str]) -> dict[str, float]:
+    def size(cls, keep: float, settings: Mapping[str, Any]) -> dict[str, float]:
         """What to add to these settings for a share `keep`; nothing where they say it, or where no share is taken."""
         return {"keep": keep} if _has_field(cls, "keep") and "keep" not in settings else {}
 

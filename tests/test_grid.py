@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pycompress import SWSC, LayerDrop, Random
+from pycompress import SWSC, LayerDrop, Prune, Random
 from pycompress import recipe as recipes
 from pycompress.grid import load, parse
 
@@ -52,6 +52,18 @@ def test_seeds_count_where_something_is_random(place):
     ]
     recovered = parse(grid(methods=["LayerDrop"], seeds=[0, 1], recovery={"tokens": 50}), place).specs()
     assert [spec.seed for spec in recovered] == [0, 1]
+
+
+def test_a_share_of_zeros_is_what_is_not_kept(place):
+    prune = {"method": "Prune", "score": "magnitude"}
+    methods = [prune, prune | {"pattern": "2:4", "label": "2:4"}, prune | {"sparsity": 0.9, "label": "fixed"}]
+    specs = parse(grid(methods=methods, keeps=[0.5, 0.2]), place).specs()
+    assert [(s.method, s.keep_asked, recipes.from_dict(s.recipe[0])) for s in specs] == [
+        ("Prune", 0.5, Prune("magnitude", sparsity=0.5)),
+        ("Prune", 0.2, Prune("magnitude", sparsity=0.8)),
+        ("2:4", None, Prune("magnitude", "2:4")),
+        ("fixed", None, Prune("magnitude", sparsity=0.9)),
+    ]
 
 
 def test_a_recipe_of_several_methods_fills_in_the_open_keep(place):

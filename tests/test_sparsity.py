@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -500,6 +501,9 @@ def test_recipes_go_through_yaml(tmp_path):
     made = [Prune("sparsegpt", "2:4", targets=("q",)), Prune("trajectory", rate=1.4, trajectory="x", targets=("up",))]
     recipes.save(made, tmp_path / "recipe.yaml")
     assert recipes.parse(tmp_path / "recipe.yaml") == made
+    (tmp_path / "unquoted.yaml").write_text("method: Prune\nscore: wanda\npattern: 2:4\n")
+    assert recipes.parse(tmp_path / "unquoted.yaml") == [Prune("wanda", "2:4")]
+    assert Prune.size(0.5, yaml.safe_load("{method: Prune, pattern: 1:16}")) == {}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tiny_model, tmp_path, monkeypatch):
@@ -537,6 +541,7 @@ def test_runs_of_other_sizes_share_their_curves(tiny_model, tmp_path):
 def test_a_grid_fills_the_share_of_zeros_in():
     assert Prune.size(0.8, {"method": "Prune"}) == {"sparsity": 0.2}
     assert Prune.size(0.8, {"method": "Prune", "rate": 1.0}) == {}
+    assert Prune.size(0.8, {"method": "Prune", "pattern": "2:4"}) == {}
     assert Magnitude.size(0.8, {"method": "Magnitude"}) == {"keep": 0.8}
     assert Magnitude.size(0.8, {"method": "Magnitude", "keep": 0.5}) == {}
 

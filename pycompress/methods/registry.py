@@ -60,6 +60,8 @@ class Method:
     cannot be packed so. `sensitive(config)` says whether the loss's gradients are wanted. `budgets(config)` gives
     what sets all budgets from the weights alone, where the config wants that. Where the config names weights
     along training (`recorded`), their importance is a further argument, `importance`, of `compress` and `curve`.
+    `staged(config)`: linears are calibrated on what those before them in their block give after compression, not only
+    on what the blocks before theirs give.
     """
 
     compress: Callable[..., Packed | None]
@@ -67,6 +69,7 @@ class Method:
     check: Callable[[tuple[int, int], torch.dtype, Any], None] = lambda shape, dtype, config: None
     shared: Callable[[Any], bool] = lambda config: False
     sensitive: Callable[[Any], bool] = lambda config: False
+    staged: Callable[[Any], bool] = lambda config: False
     budgets: Callable[[Any], Callable[[Any, Matrices], dict[str, int]] | None] = lambda config: None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pycompress.recipe import Config
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "trajectory")
 PATTERNS = '"unstructured", "channels" or "N:M" such as "2:4"'
+GROUP = re.compile(r"(\d+):(\d+)")
 # Sizes of a matrix that a shared budget chooses between.
 LEVELS = 256
 
@@ -30,11 +32,12 @@ class Prune(Config):
 
     `score`: "magnitude"; "wanda", |W_ij| √(mean x_j²), compared within each row; "sparsegpt", whose remaining weights
     make up for those that go; "trajectory", importance along training, read from the folder `trajectory` that
-    `TrajectoryTracker.save` wrote. `pattern`: "unstructured"; "N:M", N weights kept of every M consecutive inputs of a
-    row; "channels", whole coupled rows and columns, by the structural method of that score. `sparsity`: share of zeros,
-    in (0, 1); of "channels", of parameters that go. `rate`, in its place, with "magnitude" and "trajectory":
-    weights whose importance is below `std(|W|) * rate` go. `scope`: "layer", each matrix for itself, or "global", one
-    threshold or one share of zeros over all targets. Raises ValueError on other values.
+    `TrajectoryTracker.save` wrote. Wanda and SparseGPT see the inputs that the linears before give once pruned.
+    `pattern`: "unstructured"; "N:M", N weights kept of every M consecutive inputs of a row; "channels", whole coupled
+    rows and columns, by the structural method of that score. `sparsity`: share of zeros, in (0, 1); of "channels", of
+    parameters that go. `rate`, in its place, with "magnitude" and "trajectory": weights whose importance is below
+    `std(|W|) * rate` go. `scope`: "layer", each matrix for itself, or "global", one threshold or one share of zeros
+    over all targets, which Wanda and SparseGPT spread by the loss. Raises ValueError on other values.
 
     Reference: arXiv:2306.11695 (Wanda), arXiv:2301.00774 (SparseGPT), arXiv:2502.17071 (trajectory and rate).
     """
@@ -48,6 +51,7 @@ class Prune(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "pattern", _spelled(self.pattern))
         self.check_choice("score", *SCORES)
         self.check_choice("scope", "layer", "global")
         if self.trajectory is not None:
@@ -94,7 +98,7 @@ class Prune(Config):
     @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the pattern N:M."""
-        found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
+        found = GROUP.fullmatch(self.pattern)
         return None if found is None else (int(found[1]), int(found[2]))
 
     @property
@@ -138,8 +142,14 @@ class Prune(Config):
         return replace(self, targets=None, sparsity=None if self.sparsity is None else 0.5)
 
     @classmethod
-    def size(cls, keep: float, settings: Iterable[str]) -> dict[str, float]:
-        return {} if {"sparsity", "rate"} & set(settings) else {"sparsity": round(1 - keep, 12)}
+    def size(cls, keep: float, settings: Mapping[str, Any]) -> dict[str, float]:
+        said = {"sparsity", "rate"} & set(settings) or GROUP.fullmatch(_spelled(settings.get("pattern", "")))
+        return {} if said else {"sparsity": round(1 - keep, 12)}
+
+
+def _spelled(pattern: Any) -> str:
+    """A pattern as it was written: YAML reads an unquoted 2:4 as 124, sixty to a unit."""
+    return f"{pattern // 60}:{pattern % 60}" if type(pattern) is int else str(pattern)
 
 
 def scores(weight: Tensor, statistics: Statistics | None, config: Prune, importance: Tensor | None) -> Tensor:
@@ -165,10 +175,9 @@ def compress(
     importance: Tensor | None = None,
 ) -> Packed:
     """The weight without what matters least. `budget`: bytes of the values that stay, without their places."""
-    n, k = weight.shape
     zeros = 0.0 if config.rate is not None else config.zeros
     if budget is not None:
-        zeros = 1 - budget / (n * k * weight.element_size())
+        zeros = 1 - budget / (weight.numel() * weight.element_size())
     if config.score == "sparsegpt":
         assert statistics is not None
         pruned = sparsegpt(weight, statistics.gram, zeros, config.group)
@@ -176,15 +185,20 @@ def compress(
         found = scores(weight, statistics, config, importance)
         if config.rate is not None and budget is None:
             gone = found < config.rate * float(weight.float().abs().std())
-        elif config.group is not None:
-            kept, of = config.group
-            gone = least(found.view(n, k // of, of), of - kept).view(n, k)
-        elif config.score == "wanda":
-            gone = least(found, round(zeros * k))
         else:
-            gone = least(found.flatten(), round(zeros * n * k)).view(n, k)
+            gone = _least(found, zeros, config)
         pruned = weight.masked_fill(gone, 0)
     return pack_zeros(pruned.to(weight.dtype), of_four=config.pattern == "2:4")
+
+
+def _least(found: Tensor, zeros: float, config: Prune) -> Tensor:
+    """Where the lowest scores `[N, K]` are, a share `zeros` of them, bool: of a group, of a row or of the matrix."""
+    if config.group is not None:
+        kept, of = config.group
+        return least(found.unflatten(1, (-1, of)), of - kept).flatten(1)
+    if config.score == "wanda":
+        return least(found, round(zeros * found.shape[1]))
+    return least(found.flatten(), round(zeros * found.numel())).view_as(found)
 
 
 def curve(weight: Tensor, statistics: Statistics | None, config: Prune, importance: Tensor | None = None) -> Curve:
@@ -199,7 +213,8 @@ def curve(weight: Tensor, statistics: Statistics | None, config: Prune, importan
     else:
         ordered = costs.flatten()[found.flatten().argsort(stable=True)]
     lost = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)]).cpu()
-    gone = torch.linspace(0, len(ordered), min(len(ordered), LEVELS) + 1).round().long()
+    levels = min(len(ordered), LEVELS)
+    gone = torch.arange(levels + 1) * len(ordered) // levels
     nbytes = (len(ordered) - gone) * (n * k // len(ordered)) * weight.element_size()
     return Curve(nbytes, lost[gone], 1.0, torch.arange(len(gone)))
 
@@ -209,11 +224,9 @@ def budgets(config: Prune, matrices: Matrices) -> dict[str, int]:
     count, total, square = 0, 0.0, 0.0
     for _, weight, _ in matrices():
         wide = weight.double()
-        count, total, square = (
-            count + wide.numel(),
-            total + float(wide.abs().sum()),
-            square + float(wide.square().sum()),
-        )
+        count += wide.numel()
+        total += float(wide.abs().sum())
+        square += float(wide.square().sum())
     deviation = ((square - total * total / count) / max(count - 1, 1)) ** 0.5
     assert config.rate is not None
     found = {}
@@ -237,6 +250,7 @@ METHODS[Prune] = Method(
     curve,
     check,
     shared=lambda config: config.scope == "global" and config.rate is None,
+    staged=lambda config: config.needs_calibration,
     sensitive=lambda config: config.scope == "global" and config.needs_calibration,
     budgets=lambda config: budgets if config.scope == "global" and config.rate is not None else None,
 )
