@@ -123,7 +123,7 @@ ROWS += (
 
 ALWAYS = ("api", "calibrate", "sensitivity")
 PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
-ZEROING = (*PACKING, "sparse", "methods/sparsegpt")
+ZEROING = (*PACKING, "methods/sparsegpt")
 SLICING = ("slicing", "rotate", "skeleton")
 PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 

@@ -11,6 +11,7 @@ from pycompress.methods.magnitude import Magnitude
 from pycompress.methods.random_units import Random
 from pycompress.methods.structural import NEEDS, STRUCTURAL, Group, Member
 from pycompress.methods.taylor import Taylor
+from pycompress.methods.trajectory_channels import TrajectoryChannels
 from pycompress.methods.wanda import Wanda
 
 UNITS, HIDDEN = 6, 5
@@ -52,6 +53,16 @@ def test_magnitude(data):
     writer, reader = data[0].numpy(), data[1].numpy()
     expected = (writer**2).sum(1) + per_unit((reader**2).sum(0))
     np.testing.assert_allclose(score(Magnitude(), group(data)), expected, rtol=1e-5)
+
+
+def test_importance_along_training(data):
+    writer, reader = data[:2]
+    followed = Group(
+        (Member(torch.zeros_like(writer), torch.arange(UNITS)[:, None], recorded=writer),),
+        (Member(torch.zeros_like(reader), READ, recorded=reader),),
+    )
+    expected = (writer.numpy() ** 2).sum(1) + per_unit((reader.numpy() ** 2).sum(0))
+    np.testing.assert_allclose(score(TrajectoryChannels(trajectory="followed"), followed), expected, rtol=1e-5)
 
 
 def test_wanda(data):
@@ -110,7 +121,7 @@ def test_a_method_ranks_units_or_blocks_and_says_what_it_needs(config):
     method = STRUCTURAL[config]
     assert sum(ranks is not None for ranks in (method.scores, method.eliminate, method.blocks, method.learn)) == 1
     assert set(method.needs) <= set(NEEDS)
-    refit = method.refit(config())
+    refit = method.refit(config(trajectory="followed") if config is TrajectoryChannels else config())
     assert refit is None or refit.kind in ("weights", "admm", "bias")
 
 
@@ -121,6 +132,8 @@ def test_keep_is_checked(config):
 
 
 def test_choices_are_checked():
+    with pytest.raises(ValueError, match=r"needs trajectory, the folder that TrajectoryTracker\.save wrote"):
+        TrajectoryChannels(0.5)
     with pytest.raises(ValueError, match="structure"):
         FLAP(structure="global")
     with pytest.raises(ValueError, match="order"):
