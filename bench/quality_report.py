@@ -57,6 +57,19 @@ METHODS = {
 # OptiPFair 0.4, MLP width, 32 calibration windows, by the same protocol on another day; not run by `command`.
 OPTIPFAIR = {0.93: 29.35, 0.86: 35.71, 0.79: 43.97, 0.65: 75.92}
 
+ZEROED = {
+    "magnitude": "magnitude",
+    "Wanda": "Wanda",
+    "SparseGPT": "SparseGPT",
+    "SparseGPT, one budget by the loss": "SparseGPT, one budget",
+}
+PATTERNS = ("unstructured", "2:4")
+# llm-compressor 0.14, by the same protocol on another day, in the order of PATTERNS; not run by `command`.
+LLM_COMPRESSOR: dict[str, list[float | None]] = {
+    "llm-compressor 0.14: Wanda": [59.14, 146.4],
+    "llm-compressor 0.14: SparseGPT": [43.95, 73.9],
+}
+
 INTRODUCTION = """# Quality
 
 `PYCOMPRESS_DATA=folder {command}` measures these rows and records them in `bench/results/{file}`;
@@ -75,6 +88,13 @@ PRUNED = """
 
 Kept parameters of the decoder blocks' linears are at most what the column says, and less where whole layers go: the
 table after the plot says how much.
+
+"""
+ZEROS = """
+## Half of the weights zero
+
+50% zeros in every linear of the decoder blocks; values and places together keep 0.565 of the bytes unstructured, 0.5625
+at 2:4. llm-compressor's figures were taken by the same protocol, on 64 windows too, not by this command.
 
 """
 FURTHER = """
@@ -127,6 +147,13 @@ def packed(rows: Rows) -> str:
     return table(["what is compressed", *STORED], kept, "line")
 
 
+def zeroed(rows: Rows) -> str:
+    """Models with half of their weights zero, beside llm-compressor's; empty before any is recorded."""
+    lines = {name: [_of(rows, f"50% zeros {pattern}: {end}") for pattern in PATTERNS] for name, end in ZEROED.items()}
+    kept = {name: values for name, values in lines.items() if any(value is not None for value in values)}
+    return table(["score", *PATTERNS], kept | LLM_COMPRESSOR, "column") if kept else ""
+
+
 def pruned(rows: Rows, what: str = "perplexity", methods: dict[str, str] = METHODS) -> str:
     keeps = pruned_keeps(rows)
     lines = {name: [_of(rows, f"pruned to {keep}: {end}", what) for keep in keeps] for name, end in methods.items()}
@@ -175,6 +202,7 @@ def render(content: dict[str, Any], small: dict[str, Any] | None) -> str:
     dense = rows["dense"]
     begin = INTRODUCTION.format(command=content["command"], file=RESULTS.name, dense=number(dense["perplexity"]))
     parts = [begin, packed(rows)]
+    parts += [ZEROS, zeroed(rows)] if zeroed(rows) else []
     if pruned_keeps(rows):
         parts += [PRUNED, pruned(rows), f"\n![Perplexity over kept parameters](img/{PLOT.name})\n\n"]
         parts += ["Kept parameters:\n\n", pruned(rows, "keep_decoder")]

@@ -13,7 +13,9 @@ from torch.nn.functional import dropout, linear
 from pycompress.formats import bitmap_pays
 from pycompress.groups import ARCHITECTURES, Branch
 from pycompress.ops.bitmap_linear import bitmap_linear
+from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
+from pycompress.ops.sparse24_linear import kernel_in_use as sparse24_kernel
 from pycompress.ops.sparse24_linear import sparse24_linear
 from pycompress.sparse import pack_bitmap, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
@@ -183,7 +185,7 @@ class Sparse24Linear(nn.Module):
         return sparse24_linear(x, self.weight, self.positions, self.bias)
 
     def extra_repr(self) -> str:
-        return _sizes(self) + f", kernel={kernel_in_use(self.weight)}"
+        return _sizes(self) + f", kernel={sparse24_kernel(self.weight)}"
 
 
 class BitmapLinear(nn.Module):
@@ -216,7 +218,7 @@ class BitmapLinear(nn.Module):
         return bitmap_linear(x, self.weight, self.bitmap, self.offsets, self.bias)
 
     def extra_repr(self) -> str:
-        return _sizes(self) + f", kept={len(self.weight)}, kernel={kernel_in_use(self.weight)}"
+        return _sizes(self) + f", kept={len(self.weight)}, kernel={bitmap_kernel(self.weight)}"
 
     @torch.no_grad()
     def fastest(self) -> BitmapLinear | ZerosLinear:

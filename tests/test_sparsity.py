@@ -297,11 +297,14 @@ def test_recovery_trains_the_values_keeps_the_zeros_and_refuses_adapters(tiny_mo
         model = tiny_model("Qwen2ForCausalLM").bfloat16()
         pycompress.apply(model, recipe, progress=False)
         before = zeros_of(model)
+        values = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in before}
         for how in ({"method": "factors"}, {"method": "full", "keep_zeros": True}):
             result = pycompress.recover(
                 model, IDS, tokens=4 * 24, window=24, batch_size=2, lr=1e-2, weight_decay=0.1, progress=False, **how
             )
             assert len(result.losses) == 2
+            moved = {name for name in before if not torch.equal(model.get_parameter(f"{name}.weight"), values[name])}
+            assert moved == set(before)
             after = zeros_of(model)
             assert all(torch.equal(before[name], after[name]) for name in before), kind
         with pytest.raises(ValueError, match="every linear of the blocks is packed or rounded"):
