@@ -15,7 +15,12 @@ namespace pycompress::cuda {
 namespace {
 
 constexpr int MAX_SPLITS = 8;
-constexpr int DEPTH = 4;  // chunks a warp has in flight
+// Chunks a warp has in flight, as many as its registers hold.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int DEPTH = 3;
+#else
+constexpr int DEPTH = 4;
+#endif
 // Columns of a lane's 16 bytes of values, and of the chunk of a row that four lanes share.
 template <class T>
 constexpr int SPREAD = 2 * VECTOR<T>;
@@ -133,7 +138,7 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
 }
 
 template <class T>
-__global__ void finish_kernel(const Layer<T> p, int splits) {
+__global__ void fold_kernel(const Layer<T> p, int splits) {
   const int64_t size = static_cast<int64_t>(p.tokens) * p.rows.end;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= size) return;
@@ -162,7 +167,7 @@ cudaError_t run(const Sparse24LinearArgs &s) {
   const int splits = std::clamp(processors / tiles, 1, most);
   const auto stream = static_cast<cudaStream_t>(s.stream);
   product_kernel<T><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
-  if (splits > 1) finish_kernel<T><<<ceil_div(s.tokens * s.outputs, THREADS), THREADS, 0, stream>>>(layer, splits);
+  if (splits > 1) fold_kernel<T><<<ceil_div(s.tokens * s.outputs, THREADS), THREADS, 0, stream>>>(layer, splits);
   return cudaGetLastError();
 }
 
