@@ -17,8 +17,10 @@ namespace {
 constexpr int MAX_SPLITS = 8;
 // Chunks a warp has in flight, as many as its registers hold.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int DEPTH = 3;
+template <class T>
+constexpr int DEPTH = sizeof(T) == 2 ? 3 : 2;
 #else
+template <class T>
 constexpr int DEPTH = 4;
 #endif
 // Columns of a lane's 16 bytes of values, and of the chunk of a row that four lanes share.
@@ -83,11 +85,11 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
   const int first_row = blockIdx.x * ROWS, split = blockIdx.y, splits = gridDim.y;
   const int chunks = ceil_div(p.rows.n, SPAN<T>), end = chunks * (split + 1) / splits;
   float part[2][TOKENS / 8][4] = {};
-  for (int first = chunks * split / splits + warp; first < end; first += DEPTH * WARPS) {
-    uint4 stored[DEPTH][4];
-    uint32_t codes[DEPTH][4];
+  for (int first = chunks * split / splits + warp; first < end; first += DEPTH<T> * WARPS) {
+    uint4 stored[DEPTH<T>][4];
+    uint32_t codes[DEPTH<T>][4];
 #pragma unroll
-    for (int ahead = 0; ahead < DEPTH; ++ahead) {
+    for (int ahead = 0; ahead < DEPTH<T>; ++ahead) {
       const int chunk = first + ahead * WARPS;
       const int column = chunk < end ? chunk * SPAN<T> + member * SPREAD<T> : p.rows.n;
 #pragma unroll
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
       }
     }
 #pragma unroll
-    for (int ahead = 0; ahead < DEPTH; ++ahead) {
+    for (int ahead = 0; ahead < DEPTH<T>; ++ahead) {
       const int chunk = first + ahead * WARPS, column = chunk * SPAN<T> + member * SPREAD<T>;
       if (chunk >= end) break;
 #pragma unroll
