@@ -131,9 +131,9 @@ PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural",
 def sources(config: Config | None) -> str:
     """A hash of the files that decide a row to more than rounding."""
     root = Path(pycompress.__file__).parent
-    shared: tuple[str, ...] = () if config is None else PRUNING if isinstance(config, ShrinkConfig) else PACKING
-    if isinstance(config, (SliceGPT, Prune)):
-        shared = SLICING if isinstance(config, SliceGPT) else ZEROING
+    # The first kind that a config is of.
+    kinds = ((SliceGPT, SLICING), (ShrinkConfig, PRUNING), (Prune, ZEROING), (Config, PACKING))
+    shared = next((names for kind, names in kinds if isinstance(config, kind)), ())
     files = [root / f"{name}.py" for name in sorted(ALWAYS + shared)]
     if config is not None:
         files.append(Path(inspect.getfile(type(config))))

@@ -202,7 +202,8 @@ def render(content: dict[str, Any], small: dict[str, Any] | None) -> str:
     dense = rows["dense"]
     begin = INTRODUCTION.format(command=content["command"], file=RESULTS.name, dense=number(dense["perplexity"]))
     parts = [begin, packed(rows)]
-    parts += [ZEROS, zeroed(rows)] if zeroed(rows) else []
+    if zeros := zeroed(rows):
+        parts += [ZEROS, zeros]
     if pruned_keeps(rows):
         parts += [PRUNED, pruned(rows), f"\n![Perplexity over kept parameters](img/{PLOT.name})\n\n"]
         parts += ["Kept parameters:\n\n", pruned(rows, "keep_decoder")]

@@ -17,7 +17,7 @@ from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
 from pycompress.ops.sparse24_linear import kernel_in_use as sparse24_kernel
 from pycompress.ops.sparse24_linear import sparse24_linear
-from pycompress.sparse import pack_bitmap, unpack_bitmap
+from pycompress.sparse import bitmap_bytes, pack_bitmap, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
 
 
@@ -97,7 +97,22 @@ def _numbers(
     return nn.Parameter(empty, requires_grad=storage == "float")
 
 
-class ZerosLinear(nn.Module):
+class PrunedLinear(nn.Module):
+    """What the layers of a weight with zeros share: sizes, what is stored of the weight `[N, K]`, and the bias."""
+
+    weight: nn.Parameter
+
+    def __init__(self, shape: tuple[int, int], stored: tuple[int, ...], bias: bool, **to: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.weight = nn.Parameter(torch.empty(stored, **to))
+        self.bias = nn.Parameter(torch.empty(shape[0], **to)) if bias else None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class ZerosLinear(PrunedLinear):
     """A linear layer whose weight has zeros, multiplied dense.
 
     Takes `x [..., K]`, gives `[..., N]`. `weight [N, K]` and `bias` train; a zero of the weight gets no gradient, so
@@ -105,29 +120,16 @@ class ZerosLinear(nn.Module):
     state dict holds the weight as `formats.Bitmap` does.
     """
 
-    weight: nn.Parameter
     stored: ClassVar[tuple[str, ...]] = ("weight", "bitmap", "offsets")
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
+    def __init__(self, shape: tuple[int, int], bias: bool, **to: Any) -> None:
+        super().__init__(shape, shape, bias, **to)
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = _GradientOfKept.apply(weight)  # type: ignore[no-untyped-call]
         return linear(x, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return _sizes(self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -158,67 +160,48 @@ class _GradientOfKept(torch.autograd.Function):
         return gradient.masked_fill(weight == 0, 0)
 
 
-class Sparse24Linear(nn.Module):
+class Sparse24Linear(PrunedLinear):
     """A linear layer that keeps two of every four columns of a row; see `formats.Sparse24`.
 
     Takes `x [..., K]`, gives `[..., N]`; no dense weight is formed where a kernel runs. The values `weight
     [N, K / 2]` and `bias` train; the zeros are not there to be trained.
     """
 
-    weight: nn.Parameter
     positions: Tensor
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = n, k = shape
-        self.weight = nn.Parameter(torch.empty(n, k // 2, dtype=dtype, device=device))
-        self.register_buffer("positions", torch.empty(n, k // 8, dtype=torch.uint8, device=device))
-        self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device)) if bias else None
+    def __init__(self, shape: tuple[int, int], bias: bool, **to: Any) -> None:
+        n, k = shape
+        super().__init__(shape, (n, k // 2), bias, **to)
+        self.register_buffer("positions", torch.empty(n, k // 8, dtype=torch.uint8, device=to.get("device")))
 
     def forward(self, x: Tensor) -> Tensor:
         return sparse24_linear(x, self.weight, self.positions, self.bias)
 
     def extra_repr(self) -> str:
-        return _sizes(self) + f", kernel={sparse24_kernel(self.weight)}"
+        return super().extra_repr() + f", kernel={sparse24_kernel(self.weight)}"
 
 
-class BitmapLinear(nn.Module):
+class BitmapLinear(PrunedLinear):
     """A linear layer that stores no zeros of its weight; see `formats.Bitmap`.
 
     Takes `x [..., K]`, gives `[..., N]`; no dense weight is formed where a kernel runs. `weight [kept]` (values) and
     `bias` train; the zeros are not there to be trained.
     """
 
-    weight: nn.Parameter
     bitmap: Tensor
     offsets: Tensor
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        kept: int,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = n, k = shape
-        self.weight = nn.Parameter(torch.empty(kept, dtype=dtype, device=device))
-        self.register_buffer("bitmap", torch.empty(n, 8 * -(-k // 64), dtype=torch.uint8, device=device))
+    def __init__(self, shape: tuple[int, int], kept: int, bias: bool, **to: Any) -> None:
+        super().__init__(shape, (kept,), bias, **to)
+        (n, k), device = shape, to.get("device")
+        self.register_buffer("bitmap", torch.empty(n, bitmap_bytes(k), dtype=torch.uint8, device=device))
         self.register_buffer("offsets", torch.empty(n + 1, dtype=torch.int32, device=device))
-        self.bias = nn.Parameter(torch.empty(n, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return bitmap_linear(x, self.weight, self.bitmap, self.offsets, self.bias)
 
     def extra_repr(self) -> str:
-        return _sizes(self) + f", kept={len(self.weight)}, kernel={bitmap_kernel(self.weight)}"
+        return super().extra_repr() + f", kept={len(self.weight)}, kernel={bitmap_kernel(self.weight)}"
 
     @torch.no_grad()
     def fastest(self) -> BitmapLinear | ZerosLinear:
@@ -233,14 +216,8 @@ class BitmapLinear(nn.Module):
         return made.train(self.training)
 
 
-# Layers that hold the zeros of a pruned weight.
-SPARSE = (ZerosLinear, Sparse24Linear, BitmapLinear)
 # Layers of a packed weight.
-PACKED = (SharedLinear, *SPARSE)
-
-
-def _sizes(layer: ZerosLinear | Sparse24Linear | BitmapLinear) -> str:
-    return f"in_features={layer.in_features}, out_features={layer.out_features}, bias={layer.bias is not None}"
+PACKED = (SharedLinear, PrunedLinear)
 
 
 class KeptRotary(nn.Module):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pycompress import groups, hub
 from pycompress.formats import Rounded
-from pycompress.layers import PACKED, SPARSE
+from pycompress.layers import PACKED, PrunedLinear
 from pycompress.storage import storage_of
 
 ADVICE = 'method="factors" trains what packed layers hold in floats'
@@ -118,7 +118,7 @@ def zeros_of(model: PreTrainedModel, trained: Sequence[str]) -> dict[str, Tensor
     Pruned layers keep their zeros by themselves. Raises `ValueError` where no weight has a zero.
     """
     names = [linear.name for linear in groups.linears(model)]
-    pruned = {name for name in names if isinstance(model.get_submodule(name), SPARSE)}
+    pruned = {name for name in names if isinstance(model.get_submodule(name), PrunedLinear)}
     weights = {f"{name}.weight" for name in names if name not in pruned} & set(trained)
     masks = {name: model.get_parameter(name).detach() == 0 for name in sorted(weights)}
     masks = {name: mask for name, mask in masks.items() if mask.any()}

@@ -376,9 +376,10 @@ def two_of_four(n, k, dtype):
 
 @pytest.fixture
 def native24():
-    from pycompress.ops.sparse24_linear import _native_cuda_built, sparse24_linear_cuda_native
+    from pycompress.ops._library import native_cuda_built
+    from pycompress.ops.sparse24_linear import sparse24_linear_cuda_native
 
-    if not _native_cuda_built():
+    if not native_cuda_built("sparse24_linear"):
         pytest.skip("the CUDA kernels were not built")
     return sparse24_linear_cuda_native
 

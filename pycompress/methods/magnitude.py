@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pycompress.methods.importance import column_scores, row_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
+from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig, of_units
 
 
 @dataclass(frozen=True)
@@ -21,9 +19,7 @@ class Magnitude(StructuralConfig):
 
 def scores(group: Group, config: Magnitude) -> Tensor:
     """Sum of squares of the weights in each unit's rows and columns, `[U]`."""
-    rows = [row_scores(member.weight.double().square(), member.units) for member in group.writers]
-    columns = [column_scores(member.weight.double().square(), member.units) for member in group.readers]
-    return torch.stack(rows + columns).sum(0)
+    return of_units(group, lambda member: member.weight.double().square())
 
 
 STRUCTURAL[Magnitude] = Structural(scores)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pycompress.methods.importance import Elimination
+from pycompress.methods.importance import Elimination, column_scores, row_scores
 from pycompress.recipe import Config
 from pycompress.search import Evolution
 
@@ -95,6 +96,13 @@ class Group:
     def size(self) -> int:
         """The number of units."""
         return len(self.members[0].units)
+
+
+def of_units(group: Group, of: Callable[[Member], Tensor]) -> Tensor:
+    """Sum over each unit's rows of the writers and columns of the readers, `[U]`, of what `of` gives of each weight."""
+    rows = [row_scores(of(member), member.units) for member in group.writers]
+    columns = [column_scores(of(member), member.units) for member in group.readers]
+    return torch.stack(rows + columns).sum(0)
 
 
 @dataclass(frozen=True)

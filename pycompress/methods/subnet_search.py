@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from pycompress.executor import EXECUTORS
-from pycompress.methods.importance import Elimination, column_scores, eliminate, phi, row_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Refit, Search, Structural, StructuralConfig
+from pycompress.methods.importance import Elimination, eliminate, phi
+from pycompress.methods.structural import (
+    STRUCTURAL,
+    Group,
+    Member,
+    Refit,
+    Search,
+    Structural,
+    StructuralConfig,
+    of_units,
+)
 from pycompress.search import Evolution
 
 IMPORTANCES = ("elimination", "phi")
@@ -104,12 +113,12 @@ def ranked(group: Group, config: SubnetSearch) -> Elimination:
 
 def _phi(group: Group) -> Tensor:
     """Row scores of the writers plus column scores of the readers, `[U]`."""
-    found = []
-    for members, score in ((group.writers, row_scores), (group.readers, column_scores)):
-        for member in members:
-            assert member.gram is not None
-            found.append(score(phi(member.weight, member.gram), member.units))
-    return torch.stack(found).sum(0)
+
+    def of(member: Member) -> Tensor:
+        assert member.gram is not None
+        return phi(member.weight, member.gram)
+
+    return of_units(group, of)
 
 
 def _refit(config: SubnetSearch) -> Refit | None:

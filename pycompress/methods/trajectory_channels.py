@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pycompress.methods.importance import column_scores, row_scores
-from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
+from pycompress.methods.structural import STRUCTURAL, Group, Member, Structural, StructuralConfig, of_units
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ class TrajectoryChannels(StructuralConfig):
 
 def scores(group: Group, config: TrajectoryChannels) -> Tensor:
     """Sum of squared importances in each unit's rows and columns, `[U]`."""
-    found = []
-    for members, sums in ((group.writers, row_scores), (group.readers, column_scores)):
-        for member in members:
-            assert member.recorded is not None
-            found.append(sums(member.recorded.double().square(), member.units))
-    return torch.stack(found).sum(0)
+
+    def squares(member: Member) -> Tensor:
+        assert member.recorded is not None
+        return member.recorded.double().square()
+
+    return of_units(group, squares)
 
 
 STRUCTURAL[TrajectoryChannels] = Structural(scores, needs=("recorded",), ranking=lambda config: (config.trajectory,))

@@ -96,6 +96,25 @@ def _watched() -> bool:
     )
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """`x [..., K]` as `[M, K]` with contiguous rows; they may be apart."""
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def native_cuda_built(op: str) -> bool:
+    """Whether the native module has a CUDA kernel of this op."""
+    return _ext.C is not None and hasattr(_ext.C, f"{op}_cuda")
+
+
+def check_native_cuda(op: str, x: Tensor) -> None:
+    """Raise RuntimeError where the native CUDA kernel of this op was not built, ValueError for an x it cannot take."""
+    if not native_cuda_built(op):
+        raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
+    if not x.is_cuda or x.dtype not in DTYPE_CODES:
+        raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
+
+
 def kernel_in_use(tensor: Tensor) -> str:
     """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
     has_kernel = tensor.dtype in DTYPE_CODES or tensor.dtype in storage.CODES

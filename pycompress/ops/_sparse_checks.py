@@ -1,4 +1,4 @@
-"""What the two linear layers without stored zeros have in common: their checks, and the tokens as kernels take them."""
+"""Whether the tensors of a linear layer without stored zeros fit each other."""
 
 from __future__ import annotations
 
@@ -17,9 +17,3 @@ def check_layer(x: Tensor, values: Tensor, kept: Tensor, bias: Tensor | None, na
         raise ValueError(f"bias must be [{len(kept)}], one for each row, got {list(bias.shape)}")
     if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must have {inputs} features in its last dimension, got {list(x.shape)}")
-
-
-def tokens_of(x: Tensor) -> Tensor:
-    """`x [..., K]` as `[M, K]` with contiguous rows; they may be apart."""
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return tokens if tokens.stride(1) == 1 else tokens.contiguous()

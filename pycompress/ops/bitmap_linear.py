@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from pycompress import _ext, sparse
 from pycompress.ops import _library
-from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register
-from pycompress.ops._sparse_checks import check_layer, tokens_of
+from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register, tokens_of
+from pycompress.ops._sparse_checks import check_layer
 
 
 def bitmap_linear_ref(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:

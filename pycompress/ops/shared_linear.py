@@ -25,7 +25,9 @@ from pycompress.ops._library import (
     autocast,
     autocasts,
     call,
+    check_native_cuda,
     kernel_in_use,
+    native_cuda_built,
     register,
     triton_kernel,
 )
@@ -207,10 +209,7 @@ def shared_linear_cuda_native(
 
     Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
     """
-    if not _native_cuda_built():
-        raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
-    if not x.is_cuda or x.dtype not in DTYPE_CODES:
-        raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
+    check_native_cuda("shared_linear", x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rank = factor.shape[0] if share_input else storage.width_of(factor)
     clusters = (storage.width_of(weight) if share_input else weight.shape[0]) - rank
@@ -234,10 +233,6 @@ def shared_linear_cuda_native(
     return y
 
 
-def _native_cuda_built() -> bool:
-    return _ext.C is not None and hasattr(_ext.C, "shared_linear_cuda")
-
-
 _triton = triton_kernel("shared_linear", "shared_linear_cuda")
 
 
@@ -253,7 +248,9 @@ def _cuda(
     share_input: bool,
 ) -> Tensor:
     few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[storage.storage_of(weight)]
-    launch = shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and _native_cuda_built() else _triton
+    launch = (
+        shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and native_cuda_built("shared_linear") else _triton
+    )
     return launch(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
 
 

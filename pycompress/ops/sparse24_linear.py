@@ -16,8 +16,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pycompress import _ext, sparse
 from pycompress.ops import _library
-from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register
-from pycompress.ops._sparse_checks import check_layer, tokens_of
+from pycompress.ops._library import (
+    DTYPE_CODES,
+    autocast,
+    autocasts,
+    call,
+    check_native_cuda,
+    native_cuda_built,
+    register,
+    tokens_of,
+)
+from pycompress.ops._sparse_checks import check_layer
 
 NATIVE_TOKENS = 16  # the most that the kernel of csrc/cuda takes, its TOKENS
 CUSPARSELT_SIZES = 32  # both sizes of a weight are multiples of it
@@ -57,10 +66,7 @@ def sparse24_linear_cuda_native(x: Tensor, values: Tensor, positions: Tensor, bi
 
     Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
     """
-    if not _native_cuda_built():
-        raise RuntimeError(f"the CUDA kernels were not built: {_ext.build_info()['cuda']}")
-    if not x.is_cuda or x.dtype not in DTYPE_CODES:
-        raise ValueError(f"x must be float32, bfloat16 or float16 on CUDA, got {x.dtype} on {x.device}")
+    check_native_cuda("sparse24_linear", x)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     if len(tokens) > NATIVE_TOKENS:
         raise ValueError(f"x must have at most {NATIVE_TOKENS} tokens, got {len(tokens)}")
@@ -79,13 +85,9 @@ def sparse24_linear_cuda_native(x: Tensor, values: Tensor, positions: Tensor, bi
     return y
 
 
-def _native_cuda_built() -> bool:
-    return _ext.C is not None and hasattr(_ext.C, "sparse24_linear_cuda")
-
-
 def cuda_kernels() -> str:
     """What computes on CUDA: with few tokens, then with many."""
-    few = f"native to {NATIVE_TOKENS} tokens, then " if _native_cuda_built() else ""
+    few = f"native to {NATIVE_TOKENS} tokens, then " if native_cuda_built("sparse24_linear") else ""
     return few + ("cuSPARSELt" if torch.backends.cusparselt.is_available() else "reference (no cuSPARSELt)")
 
 
@@ -100,7 +102,7 @@ def kernel_in_use(tensor: Tensor) -> str:
 
 
 def _cuda(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype in DTYPE_CODES and math.prod(x.shape[:-1]) <= NATIVE_TOKENS and _native_cuda_built():
+    if x.dtype in DTYPE_CODES and math.prod(x.shape[:-1]) <= NATIVE_TOKENS and native_cuda_built("sparse24_linear"):
         return sparse24_linear_cuda_native(x, values, positions, bias)
     packed = _for_cusparselt(values, positions)
     return sparse24_linear_ref(x, values, positions, bias) if packed is None else F.linear(x, packed, bias)

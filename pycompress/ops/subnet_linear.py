@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
-from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, call, register, triton_kernel
+from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, call, register, tokens_of, triton_kernel
 
 
 def subnet_linear_ref(
@@ -36,9 +36,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, co
     if code is None or not values or by_torch:
         return subnet_linear_ref(x, weight, bias, rows, columns)
     # All are held here until the call is over: an address keeps no temporary alive.
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
+    tokens = tokens_of(x)
     if 1 not in weight.stride():
         weight = weight.contiguous()
     bias, rows, columns = (t if t is None else t.contiguous() for t in (bias, rows, columns))
