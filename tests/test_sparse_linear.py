@@ -16,7 +16,7 @@ from pycompress.ops import bitmap_linear, sparse24_linear
 from pycompress.sparse import pack24, pack_bitmap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOKENS = (1, 2, 3, 4, 5, 16, 17, 40)
+TOKENS = (1, 2, 3, 4, 5, 16, 17, 33, 100, 150)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -56,9 +56,9 @@ class Form:
 
 FORMS = [
     Form(
-        two_of_four, pack24, sparse24_linear, "sparse24_linear", ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096))
+        two_of_four, pack24, sparse24_linear, "sparse24_linear", ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096), (523, 72))
     ),
-    Form(any_zeros, pack_bitmap, bitmap_linear, "bitmap_linear", ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100))),
+    Form(any_zeros, pack_bitmap, bitmap_linear, "bitmap_linear", ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100), (523, 70))),
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
@@ -83,7 +83,7 @@ def test_a_bitmap_of_any_density(level: str, density: float) -> None:
     kept = torch.rand(40, 300, generator=torch.Generator().manual_seed(0)) < density
     for dtype in DTYPES:
         dense = draw(40, 300, dtype=dtype) * kept
-        for tokens in (1, 3, 20):
+        for tokens in (1, 3, 40):
             x = draw(tokens, 300, dtype=dtype)
             exact = x.double() @ dense.double().T
             error = (bitmap_linear(x, *pack_bitmap(dense)).double() - exact).norm()
@@ -126,7 +126,7 @@ def test_nothing_is_read_past_the_end_of_memory(level: str, form: Form, dtype: t
     with mmap.mmap(-1, pages) as memory:
         at_end = torch.frombuffer(memory, dtype=dtype, count=values.numel(), offset=pages - size)
         at_end.copy_(values.flatten())
-        for tokens in (1, 4, 20):
+        for tokens in (1, 4, 40):
             x = draw(tokens, k, dtype=dtype)
             assert torch.equal(form.layer(x, at_end.view(values.shape), *places), form.layer(x, values, *places))
         del at_end

@@ -40,21 +40,21 @@ void pack_rows(const Matrix<T> &a, int64_t first, int64_t from, int64_t depth, f
   }
 }
 
-// NR rows of B as [depth, NR]; rows past the end are zero.
+// `width` rows of B as [depth, width]; rows past the end are zero.
 template <class T>
-void pack_columns(const Matrix<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  for (int64_t j = 0; j < NR; j += Vec::width) {
+void pack_columns(const Matrix<T> &b, int64_t first, int64_t from, int64_t depth, float *out, int64_t width = NR) {
+  for (int64_t j = 0; j < width; j += Vec::width) {
     const int64_t rows = least(Vec::width, b.rows - first - j);
     int64_t p = 0;
     for (; rows == Vec::width && p + Vec::width <= depth; p += Vec::width) {
       Vec::reg block[Vec::width];
       for (int i = 0; i < Vec::width; ++i) block[i] = Vec::load(b.row(first + j + i) + from + p);
       Vec::transpose(block);
-      for (int i = 0; i < Vec::width; ++i) Vec::store(out + (p + i) * NR + j, block[i]);
+      for (int i = 0; i < Vec::width; ++i) Vec::store(out + (p + i) * width + j, block[i]);
     }
     for (; p < depth; ++p) {
       for (int64_t i = 0; i < Vec::width; ++i) {
-        out[p * NR + j + i] = i < rows ? widen(b.row(first + j + i)[from + p]) : 0.0f;
+        out[p * width + j + i] = i < rows ? widen(b.row(first + j + i)[from + p]) : 0.0f;
       }
     }
   }

@@ -1,8 +1,6 @@
-// Matrices stored without their zeros (pycompress/sparse.py). Each gives floats of some columns of a row, from which
-// come panels for gemm, and products with one vector or a few in which the vector's elements are looked up instead.
+// Matrices stored without their zeros (pycompress/sparse.py): which columns of a row are kept, and products of rows
+// with a few vectors, for which values are expanded or, where that is cheaper, the vectors' elements are looked up.
 #pragma once
-
-#include <algorithm>
 
 #include "dot.h"
 #include "gemm.h"
@@ -12,7 +10,7 @@ namespace pycompress::PYCOMPRESS_LEVEL {
 
 constexpr int64_t WORD = 64;           // columns that are expanded together
 constexpr int64_t LINE_OF_BITS = 512;  // columns whose bits, or positions, are a cache line
-constexpr int64_t FEW_VECTORS = 16;    // the most that rows are multiplied with directly: above this packing pays
+constexpr int64_t FEW_VECTORS = 32;    // the most that rows are multiplied with, each read once for four of them
 
 // WORD columns of a row in registers.
 struct Columns {
@@ -68,18 +66,8 @@ Columns expand(const T *values, uint64_t kept) {
   return columns;
 }
 
-// The same in the order of vectors that Ordered<T> prepares, whichever is cheapest to get, and which columns of a WORD
-// the lanes of its register from column c on then are.
-struct Lanes {
-  int64_t first, step;
-};
-template <class T>
-Lanes lanes_of(const T *, int64_t c) {
-  return {c, 1};
-}
+// The same in the order of vectors that Ordered<T> prepares, whichever is cheapest to get.
 #ifdef __AVX512VBMI2__
-inline Lanes lanes_of(const Bf16 *, int64_t c) { return {c / PAIR * PAIR + c / Vec::width % 2, 2}; }
-
 template <class T>
 using Ordered = Widened<T>;
 
@@ -131,11 +119,10 @@ struct Sparse24 {
       : values(static_cast<const T *>(s.values)), positions(s.kept), rows(s.outputs), size(s.inputs) {}
 
   const uint8_t *word_at(int64_t row, int64_t column) const { return positions + (row * size + column) / 8; }
-  // A bit for each of WORD columns from `column` on that is kept.
-  uint64_t word(int64_t row, int64_t column) const {
+  uint64_t word(int64_t row, int64_t column) const { return read(word_at(row, column), least(WORD, size - column)); }
+  // A bit for each of the `count` next columns, at most WORD, that is kept.
+  static uint64_t read(const uint8_t *from, int64_t count) {
     constexpr uint64_t ONES = 0x1111111111111111;  // a bit a group
-    const uint8_t *from = word_at(row, column);
-    const int64_t count = least(WORD, size - column);
     uint64_t codes = 0;
     if (count == WORD) std::memcpy(&codes, from, sizeof codes);
     for (int64_t i = 0; count < WORD && i < count / 8; ++i) codes |= static_cast<uint64_t>(from[i]) << 8 * i;
@@ -145,14 +132,10 @@ struct Sparse24 {
     return count < WORD ? kept & ((uint64_t{1} << count) - 1) : kept;
   }
   // The values from that of the first kept column at or behind `column` on.
-  const T *start(int64_t row, int64_t column) const { return values + (row * size + column) / 2; }
+  const T *start(int64_t row, int64_t column = 0) const { return values + (row * size + column) / 2; }
   static int64_t count(uint64_t) { return WORD / 2; }  // of a word's values
   // Whether fewer than WORD values follow a row's own.
   bool near_end(int64_t row) const { return (rows - row - 1) * size < 2 * WORD; }
-  void prefetch(int64_t row, Range columns) const {
-    prefetch_bytes(start(row, columns.begin), (columns.end - columns.begin) / 2 * sizeof(T));
-    prefetch_bytes(word_at(row, columns.begin), (columns.end - columns.begin) / 8);
-  }
 };
 
 // Any columns.
@@ -172,85 +155,16 @@ struct Bitmap {
         bytes(round_up(s.inputs, WORD) / 8) {}
 
   const uint8_t *word_at(int64_t row, int64_t column) const { return bits + row * bytes + column / 8; }
-  uint64_t word(int64_t row, int64_t column) const {
+  uint64_t word(int64_t row, int64_t column) const { return read(word_at(row, column), WORD); }
+  static uint64_t read(const uint8_t *from, int64_t) {
     uint64_t found;
-    std::memcpy(&found, word_at(row, column), sizeof found);
+    std::memcpy(&found, from, sizeof found);
     return found;
   }
-  const T *start(int64_t row, int64_t column) const {
-    int64_t before = 0, behind = 0;
-    if (column <= size / 2) {
-      for (int64_t p = 0; p < column; p += WORD) before += count(word(row, p));
-      return values + offsets[row] + before;
-    }
-    for (int64_t p = column; p < size; p += WORD) behind += count(word(row, p));
-    return values + offsets[row + 1] - behind;
-  }
+  const T *start(int64_t row) const { return values + offsets[row]; }
   static int64_t count(uint64_t kept) { return __builtin_popcountll(kept); }
   bool near_end(int64_t row) const { return offsets[rows] - offsets[row + 1] < WORD; }
-  void prefetch(int64_t row, Range columns) const {
-    // Where the values lie is not known before the bits are read: as if they were evenly spread.
-    const int64_t held = offsets[row + 1] - offsets[row], width = columns.end - columns.begin;
-    prefetch_bytes(word_at(row, columns.begin), width / 8);
-    prefetch_bytes(values + offsets[row] + held * columns.begin / size, held * width / size * sizeof(T));
-  }
 };
-
-template <class M>
-void prefetch_sparse(const M &b, Range rows, Range columns) {
-  for (int64_t i = rows.begin; i < rows.end && columns.begin < columns.end; ++i) b.prefetch(i, columns);
-}
-template <class T>
-void prefetch(const Sparse24<T> &b, Range rows, Range columns) {
-  prefetch_sparse(b, rows, columns);
-}
-template <class T>
-void prefetch(const Bitmap<T> &b, Range rows, Range columns) {
-  prefetch_sparse(b, rows, columns);
-}
-
-// NR rows as [depth, NR]: a register's width of rows is expanded and transposed, WORD columns at a time.
-template <class M>
-void pack_sparse(const M &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  constexpr int64_t W = Vec::width, SPACED = WORD + 16;  // rows that start in different cache sets
-  for (int64_t j = 0; j < NR; j += W) {
-    const int64_t rows = std::clamp<int64_t>(b.rows - first - j, 0, W);
-    alignas(64) float tile[W * SPACED] = {};
-    decltype(b.start(0, 0)) next[W] = {};
-    for (int64_t i = 0; i < rows; ++i) next[i] = b.start(first + j + i, from);
-    const bool exact = rows && b.near_end(first + j + rows - 1);
-    for (int64_t p = 0; p < depth; p += WORD) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const uint64_t kept = b.word(first + j + i, from + p);
-        const Columns columns = exact ? expand_ordered<true>(next[i], kept) : expand_ordered<false>(next[i], kept);
-        for (int c = 0; c < Columns::COUNT; ++c) Vec::store(tile + i * SPACED + c * W, columns.values[c]);
-        next[i] += M::count(kept);
-      }
-      for (int64_t c = 0; c < WORD; c += W) {
-        const Lanes lanes = lanes_of(next[0], c);
-        float *to = out + (p + lanes.first) * NR + j;
-        if (p + WORD <= depth) {
-          Vec::reg block[W];
-          for (int64_t i = 0; i < W; ++i) block[i] = Vec::load(tile + i * SPACED + c);
-          Vec::transpose(block);
-          for (int64_t i = 0; i < W; ++i) Vec::store(to + i * lanes.step * NR, block[i]);
-        } else {
-          for (int64_t l = 0; l < W && p + lanes.first + l * lanes.step < depth; ++l) {
-            for (int64_t i = 0; i < W; ++i) to[l * lanes.step * NR + i] = tile[i * SPACED + c + l];
-          }
-        }
-      }
-    }
-  }
-}
-template <class T>
-void pack_columns(const Sparse24<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  pack_sparse(b, first, from, depth, out);
-}
-template <class T>
-void pack_columns(const Bitmap<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  pack_sparse(b, first, from, depth, out);
-}
 
 #ifdef __AVX512F__
 // The elements of a vector that the values of a 2:4 row belong to: those of 32 columns are two registers.
@@ -307,7 +221,7 @@ struct LookUp24 {
 template <class M, bool exact>
 struct Expanded {
   using X = float;
-  static constexpr int TOGETHER = 8;
+  static constexpr int TOGETHER = 4;  // two pointers a row
   const M &w;
 };
 
@@ -315,21 +229,23 @@ template <int R, int VECTORS, class M, bool exact>
 inline void dot_rows(const Expanded<M, exact> &rows, int64_t row, const Vectors<float> &x, float *out, int64_t stride) {
   const M &w = rows.w;
   Vec::reg sums[R][VECTORS];
-  decltype(w.start(0, 0)) next[R];
-  int64_t to_the_next[R];  // rows, which are too short for the hardware to follow
+  decltype(w.start(0)) next[R];
+  const uint8_t *words[R];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
-    next[i] = w.start(row + i, 0);
-    to_the_next[i] = w.start(least(row + i + R, w.rows - 1), 0) - next[i];
+    next[i] = w.start(row + i);
+    words[i] = w.word_at(row + i, 0);
   }
+  // To the rows after these, which are too short for the hardware to follow.
+  const int64_t ahead = w.start(least(row + R, w.rows - 1)) - next[0];
   for (int64_t p = 0; p < x.size; p += WORD) {
     for (int i = 0; i < R && p % LINE_OF_BITS == 0; ++i) __builtin_prefetch(w.word_at(row + i + R, p));
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      __builtin_prefetch(next[i] + to_the_next[i]);
-      const uint64_t kept = w.word(row + i, p);
+      __builtin_prefetch(next[i] + ahead);
+      const uint64_t kept = M::read(words[i] + p / 8, least(WORD, x.size - p));
       const Columns columns = expand_ordered<exact>(next[i], kept);
       next[i] += M::count(kept);
 #pragma GCC unroll 4
