@@ -1,4 +1,4 @@
-"""Decode and prefill of a Llama of 1.1 billion parameters in bf16: dense, dense by our kernel, compressed, and pruned.
+"""Decode and prefill of a Llama of 1.1 billion parameters in bf16: dense, by our kernel, compressed, pruned, sparse.
 
 Weights are random and the compressed layers are put in place directly: speed does not depend on the numbers. The head
 is never compressed and runs by our dense kernel in every model but the plain ones. A pruned model has the same share of
@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from pycompress.groups import blocks, geometry
-from pycompress.layers import SharedLinear
+from pycompress.layers import BitmapLinear, SharedLinear, Sparse24Linear
 from pycompress.measure.speed import Generation
 from pycompress.ops import subnet_linear
 from pycompress.shrink import shrink
+from pycompress.sparse import POSITION_CODES, TOO_MANY, pack_bitmap
 from pycompress.storage import BLOCK, width_of
 from pycompress.subnet import Kept, Subnet
 from pycompress.widths import Budget
@@ -43,6 +44,8 @@ COMPRESSED = {
 }
 # Kept parameters of the decoder's matrices, of the model as it is and with our kernel for its linears.
 PRUNED = {f"pruned, keep {keep}{kernel}": keep for keep in (0.8, 0.5, 0.3) for kernel in ("", ", our kernel")}
+# Zeros of the decoder's matrices: a share of each, or two of every four.
+SPARSE = {"2:4": None, "80% zeros": 0.8}
 BITS = {"float": 16, "int8": 8, "int4": 4.25}
 
 
@@ -78,6 +81,24 @@ def random_layer(linear, keep, storage):
         else:
             matrix.random_(0, 256) if storage == "int4" else matrix.random_(-127, 128)
             scales.fill_(inputs**-0.5 / (4 if storage == "int4" else 64))
+    return layer
+
+
+@torch.no_grad()
+def sparse_layer(linear, zeros):
+    """Values and places are random."""
+    n, k = linear.weight.shape
+    if zeros is not None:
+        values, bitmap, offsets = pack_bitmap(torch.rand(n, k).sub_(zeros).relu_())
+        layer = BitmapLinear((n, k), len(values), bias=False, dtype=torch.bfloat16)
+        layer.bitmap.copy_(bitmap)
+        layer.offsets.copy_(offsets)
+    else:
+        layer = Sparse24Linear((n, k), bias=False, dtype=torch.bfloat16)
+        codes = torch.tensor(sorted({code for code in POSITION_CODES if code != TOO_MANY}), dtype=torch.uint8)
+        low, high = codes[torch.randint(len(codes), (2, n, k // 8))]
+        layer.positions.copy_(low | high << 4)
+    fill(layer.weight, k**-0.5)
     return layer
 
 
@@ -142,10 +163,13 @@ def model_of(who):
     if who in PRUNED:
         model = pruned_model(PRUNED[who])
         return with_linears(model, lambda name, linear: Dense(linear)) if who.endswith("our kernel") else model
-    return with_linears(
-        dense_model(),
-        lambda name, linear: Dense(linear) if name == "lm_head" else random_layer(linear, *COMPRESSED[who]),
-    )
+
+    def make(name, linear):
+        if name == "lm_head":
+            return Dense(linear)
+        return sparse_layer(linear, SPARSE[who]) if who in SPARSE else random_layer(linear, *COMPRESSED[who])
+
+    return with_linears(dense_model(), make)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,7 +188,9 @@ def streamed(model):
 
 def multiplied(model):
     """Numbers a prompt's token is multiplied by: all but the head, which takes the last token only."""
-    return sum(len(matrix) * width_of(matrix) for matrix in model.model.layers.parameters() if matrix.ndim == 2)
+    matrices = [matrix for matrix in model.model.layers.parameters() if matrix.ndim == 2]
+    bitmaps = [module.weight for module in model.modules() if isinstance(module, BitmapLinear)]
+    return sum(len(matrix) * width_of(matrix) for matrix in matrices) + sum(map(len, bitmaps))
 
 
 def same_logits(a, b):
@@ -176,10 +202,10 @@ def same_logits(a, b):
 @pytest.mark.parametrize(
     ("phase", "who"),
     [
-        *(("decode", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED)),
+        *(("decode", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED, *SPARSE)),
         # Up to a minute of compiling each.
         *(("compiled decode", who) for who in ("dense, our kernel", "keep 0.1")),
-        *(("prefill", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED)),
+        *(("prefill", who) for who in ("dense F.linear", "dense, our kernel", *COMPRESSED, *PRUNED, *SPARSE)),
     ],
 )
 def test_model(race, phase, who):

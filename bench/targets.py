@@ -36,6 +36,7 @@ CODED = r"bf16, 1 token, 4096x11008: (pycompress|int4, whole matrix)"
 SUBNET = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
 SPARSE = r"bf16, {} tokens?, 4096x11008, {}: pycompress"
 DECODE = r"decode of \d+ tokens, Llama of 1.1B in bf16: keep [\d.]+"
+ZEROS = r"{} of \d+ tokens, Llama of 1.1B in bf16: {}"
 PRUNED = r"{} of \d+ tokens, Llama of 1.1B in bf16: pruned, keep [\d.]+{}"
 KMEANS = r"k-means, 4096 points of 4096, k=512: pycompress"
 LLOYD = r"\d+ Lloyd iterations, 4096 points of 4096, k=512: pycompress"
@@ -69,6 +70,9 @@ COMPARISONS = (
         for phase in ("decode", "prefill")
         for kernel, peer in ((", our kernel", "dense, our kernel"), ("", "dense F.linear"))
     ),
+    Comparison("decode, 2:4", "cpu", ZEROS.format("decode", "2:4"), "dense, our kernel", 1.35),
+    Comparison("decode, 2:4", "cpu", ZEROS.format("decode", "2:4"), "dense F.linear", {}),
+    Comparison("decode, 80% zeros", "cpu", ZEROS.format("decode", "80% zeros"), "dense, our kernel", {}),
     # At most 1.15 times the forward of the subnet that a candidate of the search stands for.
     Comparison("candidate", "cpu", r"candidate of .* masks: pycompress", "built subnet", 1 / 1.15),
     Comparison("Gram and k-means, k=512", "cpu", KMEANS, "scikit-learn", 30),

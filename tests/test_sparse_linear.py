@@ -56,9 +56,19 @@ class Form:
 
 FORMS = [
     Form(
-        two_of_four, pack24, sparse24_linear, "sparse24_linear", ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096), (523, 72))
+        two_of_four,
+        pack24,
+        sparse24_linear,
+        "sparse24_linear",
+        ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096), (523, 72)),
     ),
-    Form(any_zeros, pack_bitmap, bitmap_linear, "bitmap_linear", ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100), (523, 70))),
+    Form(
+        any_zeros,
+        pack_bitmap,
+        bitmap_linear,
+        "bitmap_linear",
+        ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100), (523, 70)),
+    ),
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
