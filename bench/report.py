@@ -1,4 +1,4 @@
-"""Render docs/performance.md, docs/quality.md and their plots from bench/results: `make performance`.
+"""Render performance.md, quality.md and trajectory.md of docs and their plots from bench/results: `make performance`.
 
 The page says nothing that the results and bench/targets.py do not; the same results give the same bytes.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import quality_report
+import trajectory_report
 from targets import COMPARISONS, LIMIT, Comparison
 
 if TYPE_CHECKING:
@@ -291,6 +292,7 @@ def main() -> int:
     if cpus:
         quality_report.update_readme("speed", highlights(cpus[0]))
     quality_report.main()
+    trajectory_report.main()
     return 0
 
 

@@ -66,7 +66,8 @@ def test_the_recorded_page_is_what_the_recorded_results_give(report):
     found = report.machines(report.RESULTS)
     assert report.PAGE.read_text(encoding="utf-8") == report.render(found), "stale: run `make performance`"
     drawn = {f"{machine.stem}-{name}.svg" for machine in found for name in report.plots(machine)}
-    assert drawn | {report.quality_report.PLOT.name} == {f.name for f in (report.PAGE.parent / "img").glob("*.svg")}
+    drawn |= {other.PLOT.name for other in (report.quality_report, report.trajectory_report) if other.RESULTS.exists()}
+    assert drawn == {f.name for f in (report.PAGE.parent / "img").glob("*.svg")}
 
 
 def test_the_quality_page_and_readme_are_what_the_recorded_rows_give(report):
@@ -80,6 +81,38 @@ def test_the_quality_page_and_readme_are_what_the_recorded_rows_give(report):
     blocks = {"quality": quality.packed(content["rows"]), "pruned": quality.pruned(content["rows"])}
     for mark, block in (blocks | {"speed": report.highlights(cpu)}).items():
         assert quality.put(readme, mark, block) == readme, "stale: run `make performance`"
+
+
+def trained(dense, rise):
+    """A seed of bench/trajectory.py: `rise` of the loss at each of its rates, with every score."""
+    facts = {"parameters": 10, "every": 30, "step_seconds": 0.5, "record_seconds": 0.006}
+    facts |= {"record_bytes": 4e7, "weight_bytes": 4.2e7, "dense": dense}
+    return (
+        facts
+        | {score: [dense * (1 + part) for part in rise] for score in ("trajectory", "magnitude")}
+        | {score: [dense] * len(rise) for score in ("wanda", "sparsegpt")}
+    )
+
+
+def test_what_a_paper_claims_holds_or_does_not_by_the_losses(report):
+    def page(*rises):
+        rows = {str(seed): trained(1.5, rise) for seed, rise in enumerate(rises)}
+        content = {"command": "c", "rates": [0.3, 0.6, 0.7, 0.8], "training": {"600 steps": rows, "5 steps": {}}}
+        claims = report.trajectory_report.render(content).split("\n- ")[1:]
+        return ["holds" if "* holds." in claim else "fails" for claim in claims]
+
+    assert page([-0.01, 0.005, 0.1, 0.3]) == ["holds", "holds", "holds"]
+    assert page([-0.01, 0.005, 0.1, 0.3], [0.01, 0.02, 0.025, 0.03]) == ["fails", "holds", "fails"]
+    assert page([0.02, 0.2, 0.21, 0.25]) == ["fails", "fails", "fails"]
+
+
+def test_the_trajectory_page_is_what_the_recorded_losses_give(report):
+    trajectory = report.trajectory_report
+    if trajectory.RESULTS.exists():
+        content = json.loads(trajectory.RESULTS.read_text(encoding="utf-8"))
+        assert trajectory.PAGE.read_text(encoding="utf-8") == trajectory.render(content), (
+            "stale: run `make performance`"
+        )
 
 
 def test_the_best_of_a_column_is_bold(report):
