@@ -32,8 +32,8 @@ from pycompress.widths import Budget, Parts, Ranked
 SENSITIVITY_TOKENS = 4096
 # Of refits while searching; the refit of the winner chooses its own.
 REFORM_DAMPING = 1e-3
-# Linears that read a block's channels; the others write them.
-READERS = ("o", "down")
+# Linears that read a block's channels, and the parts whose units those are; the others write them.
+READERS = {"o": ("attention", "kv_heads"), "down": ("mlp",)}
 # A reader's weight `[N, K']` as it is stored, and its relative output error.
 Refitted = tuple[Tensor, float]
 
@@ -60,7 +60,6 @@ class Pruning:
         self.paths = self.architecture.paths
         self.budget = Budget(self.sizes, self.config.keep, self.config.parts, self.config.round_to)
         self.means: dict[tuple[int, str], Tensor] = {}
-        self.grams: list[Tensor] = []
         self.result: Result | None = None
         # What the linears of the rows are called in the model as it was given.
         self.origins: dict[str, str] = {}
@@ -68,6 +67,7 @@ class Pruning:
     def run(self) -> tuple[list[Row], Callable[[], None]]:
         refit = self.refit
         compensated = refit is not None and refit.kind == "bias"
+        # Means are known once units are ranked.
         known = None if compensated else self.saved.load_subnet()
         if known is None:
             subnet = self.choose()
@@ -90,7 +90,7 @@ class Pruning:
     def _refit(self, subnet: Subnet, refit: Refit, dense: Stream) -> dict[str, float]:
         """Refit linears block by block; gives the relative output error of each of them."""
         errors: dict[str, float] = {}
-        at = self._sequential(dense, refit) if refit.sequential else self._on_dense_inputs(subnet, dense, refit)
+        at = self._sequential(dense, refit) if refit.sequential else self._on_dense_inputs(dense, refit)
         for old in self.bar(subnet.kept_blocks, "refitting"):
             new = subnet.kept_blocks.index(old)
             found = self.saved.load_refit(new)
@@ -105,14 +105,9 @@ class Pruning:
             errors |= {self._name(new, role): error for role, (_, error) in found.items()}
         return errors
 
-    def _on_dense_inputs(
-        self, subnet: Subnet, dense: Stream, refit: Refit
-    ) -> Callable[[int, int, Kept], dict[str, Refitted]]:
+    def _on_dense_inputs(self, dense: Stream, refit: Refit) -> Callable[[int, int, Kept], dict[str, Refitted]]:
         """What refits a block's narrowed readers from the moments of their inputs in the dense model."""
-        pairs = [(size, kept) for size, kept in zip(self.sizes, subnet.blocks, strict=True) if kept is not None]
-        full = {role: [len(size.columns(role, Kept())) for size, _ in pairs] for role in READERS}
-        left = {role: [len(size.columns(role, kept)) for size, kept in pairs] for role in READERS}
-        readers = Readers(dense, {role: self.paths[role] for role in READERS if left[role] != full[role]}, self.saved)
+        readers = self._readers(dense)
 
         def at(old: int, new: int, kept: Kept) -> dict[str, Refitted]:
             found = {}
@@ -188,11 +183,7 @@ class Pruning:
         orders = [_order(size, found) for size, found in zip(self.sizes, ranked, strict=True)]
         space = Encoding(self.model, orders).space(self.config.keep, round_to=self.budget.steps, depth=search.depth)
         shares = [(new.width / old.width, new.mlp / old.mlp) for old, new in zip(self.sizes, left, strict=True)]
-        downs = [self._linear(block, "down") for block in range(len(self.sizes))]
-        biases = [None if down.bias is None else down.bias.detach().float() for down in downs]
-        provider = None
-        if search.refitted:
-            provider = Reformed([dense_weight(down).float() for down in downs], self.grams, biases, REFORM_DAMPING)
+        provider = self._reformed() if search.refitted and "mlp" in self.config.parts else None
         subnet, self.result = evolve(
             self.model,
             first_tokens(self.batches, search.samples),
@@ -207,12 +198,26 @@ class Pruning:
         )
         return subnet
 
+    def _reformed(self) -> Reformed:
+        """What refits candidates' `down` on the dense inputs."""
+        readers, count = self._readers(self._stream()), len(self.sizes)
+        grams = [readers.at(block)["down"].total for block in self.bar(range(count), "inputs")]
+        downs = [self._linear(block, "down") for block in range(count)]
+        biases = [None if down.bias is None else down.bias.detach().float() for down in downs]
+        return Reformed([dense_weight(down).float() for down in downs], grams, biases, REFORM_DAMPING)
+
+    def _readers(self, dense: Stream) -> Readers:
+        """Moments of what the linears read that may lose columns."""
+        roles = [role for role, parts in READERS.items() if set(parts) & set(self.config.parts)]
+        return Readers(dense, {role: self.paths[role] for role in roles}, self.saved)
+
     def _whole_blocks(self) -> Subnet:
         assert self.method.blocks is not None
         influence = torch.zeros(len(self.sizes), dtype=torch.float64)
         if self.config.needs_calibration:
-            assert self.batches is not None
-            influence = block_influence(self._stream())
+            known = self.saved.load_ranking(self._ranking)
+            influence = block_influence(self._stream()) if known is None else known["influence"]
+            self.saved.save_ranking(self._ranking, {"influence": influence})
         order = self.method.blocks(influence, self.config).argsort()
         total = sum(size.parameters(Kept()) for size in self.sizes)
         left, gone = total, set[int]()
@@ -224,22 +229,22 @@ class Pruning:
         return Subnet(tuple(None if block in gone else Kept() for block in range(len(self.sizes))))
 
     def _known_ranking(self) -> list[Parts] | None:
-        """What an earlier run has ranked, unless that left out what this one needs beside it."""
-        if self.search is not None or (self.refit is not None and self.refit.kind == "bias"):
-            return None
+        """What an earlier run has ranked."""
         found = self.saved.load_ranking(self._ranking)
         if found is None:
             return None
         ranked: list[Parts] = [{} for _ in self.sizes]
-        for name in {key.rpartition(" ")[0] for key in found}:
-            block, part = name.split(" ")
-            ranked[int(block)][part] = Ranked(
-                found[f"{name} order"], found[f"{name} scores"], found.get(f"{name} error")
-            )
+        for key, tensor in found.items():
+            block, name, what = key.split(" ")
+            if what == "mean":
+                self.means[int(block), name] = tensor
+            elif what == "order":
+                scores, error = found[f"{block} {name} scores"], found.get(f"{block} {name} error")
+                ranked[int(block)][name] = Ranked(tensor, scores, error)
         return ranked
 
     def _save_ranking(self, ranked: list[Parts]) -> None:
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"{block} {role} mean": mean for (block, role), mean in self.means.items()}
         for block, parts in enumerate(ranked):
             for part, found in parts.items():
                 tensors |= {f"{block} {part} order": found.order, f"{block} {part} scores": found.scores}
@@ -276,9 +281,8 @@ class Pruning:
                 measured = stream.statistics(modules, advance=block < len(self.sizes) - 1)
                 for stage in self.architecture.stages:
                     statistics |= dict.fromkeys(stage.roles, measured[stage.roles[0]])
-                if self.search is not None and self.search.refitted:
-                    self.grams.append(statistics["down"].gram)
-                self.means |= {(block, role): _mean(statistics[role]) for role in READERS}
+                if "mean" in self.method.needs:
+                    self.means |= {(block, role): _mean(statistics[role]) for role in READERS}
             member = lambda role, units: self._member(block, role, units, statistics, saliency, covariance)  # noqa: B023, E731
             found.append({part: self._ranked(group) for part, group in self._groups(block, member).items()})
         self._save_ranking(found)

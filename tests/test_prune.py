@@ -10,6 +10,7 @@ import torch
 
 import pycompress
 from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, PruneNet, Random, SubnetSearch, Taylor, Wanda, prune
+from pycompress.calibrate import Stream
 from pycompress.groups import architecture_of, blocks, geometry
 from pycompress.hub import added_biases
 from pycompress.replace import dense_weight
@@ -285,6 +286,25 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny_model, monkeypatch, tm
     monkeypatch.setattr(prune, step, original)
     monkeypatch.setattr(prune.Pruning, "choose", lambda self: pytest.fail("the subnet is chosen again"))
     pycompress.apply(model, METHODS[recipe], IDS, checkpoint=tmp_path, progress=False)
+    assert same(state(model), state(whole))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (FLAP(0.8, round_to=8), FLAP(0.6, round_to=8)),
+        (LayerDrop(0.9), LayerDrop(0.5)),
+        (SubnetSearch(0.8, round_to=8), SubnetSearch(0.8, round_to=8, candidates=3)),
+    ],
+    ids=["another keep", "another depth", "a search"],
+)
+def test_what_is_known_of_the_dense_model_is_not_measured_again(tiny_model, monkeypatch, tmp_path, first, then):
+    whole, model = tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
+    pycompress.apply(whole, then, IDS, progress=False)
+    pycompress.apply(tiny_model("LlamaForCausalLM"), first, IDS, checkpoint=tmp_path, progress=False)
+    for owner, measures in ((Stream, "statistics"), (prune, "block_influence")):
+        monkeypatch.setattr(owner, measures, lambda *args, **settings: pytest.fail("it is measured again"))
+    pycompress.apply(model, then, IDS, checkpoint=tmp_path, progress=False)
     assert same(state(model), state(whole))
 
 
