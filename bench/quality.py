@@ -85,6 +85,7 @@ ROWS: tuple[tuple[str, Config | None], ...] = (
 # Where all blocks keep the same share, steps of 8 channels let it come close to what is asked.
 PRUNED = (0.9, 0.8, 0.7, 0.6, 0.5)
 PEERS = (0.93, 0.86, 0.79, 0.65)  # kept ratios of OptiPFair's figures
+SEARCH: dict[str, Any] = {"candidates": 60, "population": 15, "mutations": 8, "crossovers": 4, "parents": 4}
 BASELINES: dict[str, type[Any]] = {
     "FLAP": FLAP,
     "Wanda": Wanda,
@@ -94,7 +95,7 @@ BASELINES: dict[str, type[Any]] = {
 }
 ROWS += (
     *((f"pruned to {keep}: ours", SubnetSearch(keep)) for keep in PRUNED + PEERS),
-    *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, candidates=60)) for keep in PRUNED),
+    *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, **SEARCH)) for keep in PRUNED),
     *((f"pruned to {keep}: ours, not refitted", SubnetSearch(keep, reform="none")) for keep in PRUNED),
     *((f"pruned to {keep}: ours, uniform", SubnetSearch(keep, allocation="uniform", round_to=8)) for keep in PRUNED),
     *(
@@ -104,6 +105,7 @@ ROWS += (
         )
         for keep in PRUNED
     ),
+    *((f"pruned to {keep}: FLAP, uniform", FLAP(keep, round_to=8, structure="uniform")) for keep in PRUNED),
     *((f"pruned to {keep}: {name}", method(keep, round_to=8)) for name, method in BASELINES.items() for keep in PRUNED),
     *((f"pruned to {keep}: layers by influence", LayerDrop(keep)) for keep in PRUNED),
     *((f"pruned to {keep}: last layers", LayerDrop(keep, order="last")) for keep in PRUNED),
