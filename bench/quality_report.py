@@ -43,7 +43,7 @@ METHODS = {
     "… the same share of every block": "ours, uniform",
     "… the paper's scores, uniform, refitted": "the paper's scores",
     "FLAP": "FLAP",
-    "… the same share of every block ": "FLAP, uniform",
+    "FLAP, the same share of every block": "FLAP, uniform",
     "Wanda": "Wanda",
     "Taylor": "Taylor",
     "LayerDrop by influence": "layers by influence",
