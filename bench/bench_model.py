@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from pycompress.groups import blocks, geometry
 from pycompress.layers import BitmapLinear, SharedLinear, Sparse24Linear
 from pycompress.measure.speed import Generation
-from pycompress.ops import subnet_linear
+from pycompress.replace import use_dense_kernel
 from pycompress.shrink import shrink
 from pycompress.sparse import POSITION_CODES, TOO_MANY, pack_bitmap
 from pycompress.storage import BLOCK, width_of
@@ -47,17 +47,6 @@ PRUNED = {f"pruned, keep {keep}{kernel}": keep for keep in (0.8, 0.5, 0.3) for k
 # Zeros of the decoder's matrices: a share of each, or two of every four.
 SPARSE = {"2:4": None, "80% zeros": 0.8}
 BITS = {"float": 16, "int8": 8, "int4": 4.25}
-
-
-class Dense(nn.Module):
-    """`nn.Linear` by our dense kernel."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x):
-        return subnet_linear(x, self.weight, self.bias)
 
 
 @torch.no_grad()
@@ -105,6 +94,13 @@ def sparse_layer(linear, zeros):
 def twin(model):
     """The same model once more, on the same parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def on_our_kernel(model):
+    """The same model once more, on the same parameters, its linears on our dense kernel."""
+    other = twin(model)
+    use_dense_kernel(other)
+    return other
 
 
 def with_linears(model, make):
@@ -159,17 +155,17 @@ def model_of(who):
     if who == "dense F.linear":
         return dense_model()
     if who == "dense, our kernel":
-        return with_linears(dense_model(), lambda name, linear: Dense(linear))
+        return on_our_kernel(dense_model())
     if who in PRUNED:
         model = pruned_model(PRUNED[who])
-        return with_linears(model, lambda name, linear: Dense(linear)) if who.endswith("our kernel") else model
+        return on_our_kernel(model) if who.endswith("our kernel") else model
 
     def make(name, linear):
         if name == "lm_head":
-            return Dense(linear)
+            return linear
         return sparse_layer(linear, SPARSE[who]) if who in SPARSE else random_layer(linear, *COMPRESSED[who])
 
-    return with_linears(dense_model(), make)
+    return with_linears(on_our_kernel(dense_model()), make)
 
 
 @pytest.fixture(scope="module", autouse=True)

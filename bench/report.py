@@ -37,14 +37,17 @@ PENDING = """
 
 {device} figures are pending: {command} takes them, `make performance` brings them here.
 """
-# Works of bench/targets.py that README shows: of both ways of sharing the first, pruned models as they are.
+# Works of bench/targets.py that README shows: of both ways of sharing the first.
 HIGHLIGHTS = {
     "Gram and k-means, k=512": "k-means of 4096 rows of 4096 into 512 clusters, Gram matrix and seeding included",
     "rank 128 of 4096x11008": "{work}",
     "shared_linear, 1 token": "shared_linear 4096x11008 in bf16, keep {keep}, 1 token",
     "shared_linear, 128 tokens": "shared_linear 4096x11008 in bf16, keep {keep}, 128 tokens",
+    "decode, dense": "{work}",
+    "prefill, dense": "{work}",
     "decode": "{work}",
     "decode, pruned": "{work}",
+    "decode, 2:4": "{work}",
 }
 DEVICES = {"cpu": ("CPU", "`make bench`"), "gpu": ("GPU", "`make gpu` on a machine with an NVIDIA GPU")}
 
@@ -188,7 +191,7 @@ def highlights(machine: Machine) -> str:
         name = HIGHLIGHTS.get(row.comparison.work)
         if name is None or row.measured is None or row.comparison.peer == LIMIT:
             continue
-        if "share input" in row.work or row.work.endswith(", our kernel"):
+        if "share input" in row.work:
             continue
         peers = lines.setdefault(name.format(work=row.work, keep=row.keep), [])
         peers.append(f"{row.comparison.peer} {row.measured:.1f}x")

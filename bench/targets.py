@@ -62,13 +62,21 @@ COMPARISONS = (
     Comparison("2:4, 128 tokens", "cpu", SPARSE.format(128, "2:4"), "dense, our kernel", 1),
     Comparison("bitmap, 1 token", "cpu", SPARSE.format(1, "70% zeros"), "dense, our kernel", 1),
     Comparison("bitmap, 1 token", "cpu", SPARSE.format(1, "80% zeros"), "dense, our kernel", 2.5),
+    *(
+        Comparison(f"{phase}, dense", "cpu", ZEROS.format(phase, "dense, our kernel"), "dense F.linear", {})
+        for phase in ("decode", "prefill")
+    ),
     Comparison("decode", "cpu", DECODE, "dense, our kernel", keeps(1.8, 3.5, 5)),
     Comparison("decode", "cpu", DECODE, "dense F.linear", {}),
     Comparison("compiled decode", "cpu", f"compiled {DECODE}", "dense, our kernel", {"0.1": 5}),
     *(
         Comparison(f"{phase}, pruned", "cpu", PRUNED.format(phase, kernel), peer, {"0.8": 1.15, "0.5": 1.7, "0.3": 2.6})
         for phase in ("decode", "prefill")
-        for kernel, peer in ((", our kernel", "dense, our kernel"), ("", "dense F.linear"))
+        for kernel, peer in (
+            (", our kernel", "dense, our kernel"),
+            ("", "dense F.linear"),
+            (", our kernel", "dense F.linear"),
+        )
     ),
     Comparison("decode, 2:4", "cpu", ZEROS.format("decode", "2:4"), "dense, our kernel", 1.35),
     Comparison("decode, 2:4", "cpu", ZEROS.format("decode", "2:4"), "dense F.linear", {}),

@@ -22,6 +22,7 @@ from pycompress.methods import (
     Wanda,
 )
 from pycompress.recover import Recovery, recover
+from pycompress.replace import use_dense_kernel
 from pycompress.report import Report
 
 __version__ = "0.1.0"
@@ -47,4 +48,5 @@ __all__ = [
     "apply",
     "hub",
     "recover",
+    "use_dense_kernel",
 ]

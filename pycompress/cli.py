@@ -194,6 +194,9 @@ def speed(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs; the medians count.")] = 5,
+    dense_kernel: Annotated[
+        bool, typer.Option("--dense-kernel", help="Each model once more, its dense linears on our CPU kernel.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     json: Json = False,
@@ -201,8 +204,14 @@ def speed(
     """Prefill and decode tokens a second, first-token latency and peak memory."""
     with plain_errors():
         from pycompress.measure import compare_speed
+        from pycompress.replace import use_dense_kernel
 
         networks = {str(model): _load(model, device, dtype)[0] for model in models}
+        if dense_kernel:
+            again = {f"{model}, dense kernel": _load(model, device, dtype)[0] for model in models}
+            for network in again.values():
+                use_dense_kernel(network)
+            networks |= again
         speeds = compare_speed(networks, batch, prompt, new_tokens, repeats)
         if json:
             typer.echo(dumps({name: asdict(measured) for name, measured in speeds.items()}, indent=1))

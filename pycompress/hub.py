@@ -31,6 +31,7 @@ from pycompress.layers import (
     PACKED,
     BitmapLinear,
     KeptRotary,
+    KernelLinear,
     SharedLinear,
     SlicedBlock,
     Sparse24Linear,
@@ -317,8 +318,8 @@ def empty_layer(spec: Spec, bias: bool, dtype: torch.dtype | None, device: torch
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(N, K)` of an `nn.Linear` or of transformers' `Conv1D`; None for anything else, their subclasses included."""
-    if type(module) is nn.Linear:
+    """`(N, K)` of an `nn.Linear` or of transformers' `Conv1D`; None for anything else, others' subclasses included."""
+    if type(module) is nn.Linear or type(module) is KernelLinear:
         return (module.out_features, module.in_features)
     if type(module) is Conv1D:
         return (module.nf, module.nx)

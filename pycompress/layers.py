@@ -17,6 +17,7 @@ from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
 from pycompress.ops.sparse24_linear import kernel_in_use as sparse24_kernel
 from pycompress.ops.sparse24_linear import sparse24_linear
+from pycompress.ops.subnet_linear import subnet_linear
 from pycompress.sparse import bitmap_bytes, pack_bitmap, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
 
@@ -214,6 +215,13 @@ class BitmapLinear(PrunedLinear):
         made.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         made.bias = self.bias
         return made.train(self.training)
+
+
+class KernelLinear(nn.Linear):
+    """`nn.Linear` that multiplies by `ops.subnet_linear`; parameters and state dict are those of `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return subnet_linear(input, self.weight, self.bias)
 
 
 # Layers of a packed weight.

@@ -44,10 +44,12 @@ def test_perplexity_prints_what_the_function_gives(saved, byte_tokenizer):
 
 
 def test_speed_compares_the_models_it_is_given(saved):
-    result = call("speed", saved / "model", "--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--device", "cpu")
+    settings = ("--prompt", 4, "--new-tokens", 2, "--repeats", 1, "--device", "cpu", "--dense-kernel")
+    result = call("speed", saved / "model", *settings)
     assert result.exit_code == 0, result.stderr
-    assert "decode" in result.stdout
+    assert result.stdout.count("decode") == 2
     assert str(saved / "model") in result.stdout
+    assert f"{saved / 'model'}, dense kernel" in result.stdout
 
 
 def test_compress_saves_a_model_that_loads_and_scores(saved):

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+import pycompress
 from pycompress import groups, hub
 from pycompress.formats import Rounded
-from pycompress.layers import SharedLinear
-from pycompress.replace import Undo, dense_weight, replace
+from pycompress.layers import KernelLinear, SharedLinear
+from pycompress.replace import Undo, dense_weight, replace, use_dense_kernel
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -236,3 +237,30 @@ def test_a_model_of_another_quantizer_is_refused_until_its_record_is_dropped(tin
         replace(model, Q, packed)
     model.hf_quantizer.remove_quantization_config(model)
     replace(model, Q, packed)
+
+
+def test_the_dense_kernel_gives_torchs_logits_and_gradients(tiny_model, architecture, token_ids):
+    dense, ours = tiny_model(architecture), tiny_model(architecture)
+    linears = sum(type(module) is nn.Linear for module in dense.modules())
+    assert use_dense_kernel(ours) == linears
+    expected, got = (model(input_ids=token_ids).logits for model in (dense, ours))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for logits in (expected, got):
+        logits.square().mean().backward()
+    for (name, parameter), (_, other) in zip(dense.named_parameters(), ours.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert use_dense_kernel(ours, enabled=False) == linears
+    assert torch.equal(ours(input_ids=token_ids).logits, expected)
+
+
+def test_a_model_on_the_dense_kernel_saves_and_compresses_as_before(tiny_model, token_ids, tmp_path):
+    model, dense = tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
+    use_dense_kernel(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert not any(isinstance(module, KernelLinear) for module in again.modules())
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), dense.state_dict().values(), strict=True))
+    for each in (model, dense):
+        pycompress.apply(each, [pycompress.Magnitude(0.8, round_to=8), pycompress.RTN(8)], progress=False)
+    expected, got = (each(input_ids=token_ids).logits for each in (dense, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
