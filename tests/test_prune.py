@@ -362,6 +362,14 @@ def test_search_is_no_worse_than_where_it_starts(tiny_model, tmp_path, masks):
     assert same(*found)
 
 
+def test_few_candidates_still_make_generations(tiny_model):
+    config = SubnetSearch(0.8, round_to=8, candidates=16, positions=1.0)
+    model = tiny_model("LlamaForCausalLM", num_hidden_layers=4, intermediate_size=256)
+    (result,) = pycompress.apply(model, config, IDS, progress=False).searches
+    assert len(result.history) <= 16
+    assert {entry.generation for entry in result.history} >= {0, 1, 2}
+
+
 def test_settings_are_checked():
     for wrong in ({"keep": 0}, {"parts": ("mlp", "norms")}, {"round_to": 0}, {"targets": ("q",)}, {"candidates": -1}):
         with pytest.raises(ValueError, match="SubnetSearch"):

@@ -25,6 +25,8 @@ IMPORTANCES = ("elimination", "phi")
 ALLOCATIONS = ("uniform", "loss")
 REFORMS = ("exact", "admm", "none")
 REFITS = ("readers", "block")
+PAPERS_POPULATION = 100
+GENERATIONS = 4  # that a number of candidates is divided into
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class SubnetSearch(StructuralConfig):
     From there evolution goes on, by the perplexity of refitted candidates on the first `samples` calibration tokens, a
     share `positions` of which is scored. `candidates`: how many it may try, 0 for none, None for as many as the
     generations hold; `seconds`: how long it may take. `masks`: "nested" searches widths and depth, "important" and
-    "free" index sets too. `depth`: whether blocks may be dropped. `population`, `mutations`, `crossovers`, `parents`,
-    `generations`, `seed`: the paper's. `executor`: "local", or "ray" with `workers`. Raises ValueError on other values.
+    "free" index sets too. `depth`: whether blocks may be dropped. `population`: candidates of a generation, None for
+    the paper's 100 or, where those are fewer, a quarter of `candidates`; `mutations`, `crossovers` and `parents` of a
+    generation, None for the paper's half, 3 of 10, and 1 of 10 but two at least; `generations`, `seed`. `executor`:
+    "local", or "ray" with `workers`. Raises ValueError on other values.
 
     Reference: arXiv:2409.17372.
     """
@@ -59,10 +63,10 @@ class SubnetSearch(StructuralConfig):
     positions: float = 0.5
     masks: str = "nested"
     depth: bool = False
-    population: int = 100
-    mutations: int = 50
-    crossovers: int = 30
-    parents: int = 10
+    population: int | None = None
+    mutations: int | None = None
+    crossovers: int | None = None
+    parents: int | None = None
     generations: int = 50
     seed: int = 0
     executor: str = "local"
@@ -132,11 +136,13 @@ def _refit(config: SubnetSearch) -> Refit | None:
 def _search(config: SubnetSearch) -> Search | None:
     if config.candidates == 0:
         return None
+    fits = PAPERS_POPULATION if config.candidates is None else max(4, config.candidates // GENERATIONS)
+    size = min(PAPERS_POPULATION, fits) if config.population is None else config.population
     evolution = Evolution(
-        population=config.population,
-        mutations=config.mutations,
-        crossovers=config.crossovers,
-        parents=config.parents,
+        population=size,
+        mutations=size // 2 if config.mutations is None else config.mutations,
+        crossovers=3 * size // 10 if config.crossovers is None else config.crossovers,
+        parents=max(2, size // 10) if config.parents is None else config.parents,
         generations=config.generations,
         masks=config.masks,
         seed=config.seed,
