@@ -127,15 +127,18 @@ ALWAYS = ("api", "calibrate", "sensitivity")
 PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
 ZEROING = (*PACKING, "methods/sparsegpt")
 SLICING = ("slicing", "rotate", "skeleton")
+SEARCHING = ("search", "candidates", "evolve")
 PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
 
 
-def sources(config: Config | None) -> str:
-    """A hash of the files that decide a row to more than rounding."""
+def sources(config: Config | None, search: bool = True) -> str:
+    """A hash of the files that decide a row to more than rounding, or what is measured before a search."""
     root = Path(pycompress.__file__).parent
     # The first kind that a config is of.
     kinds = ((SliceGPT, SLICING), (ShrinkConfig, PRUNING), (Prune, ZEROING), (Config, PACKING))
     shared = next((names for kind, names in kinds if isinstance(config, kind)), ())
+    if search and isinstance(config, SubnetSearch) and config.candidates != 0:
+        shared += SEARCHING
     files = [root / f"{name}.py" for name in sorted(ALWAYS + shared)]
     if config is not None:
         files.append(Path(inspect.getfile(type(config))))
@@ -143,7 +146,7 @@ def sources(config: Config | None) -> str:
 
 
 def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, str], state: str) -> dict[str, Any]:
-    """One row: compress a fresh model, and score it. What is measured of the dense model is kept for `state`."""
+    """One row: compress a fresh model, and score it. What is measured of the dense model is kept by its sources."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
     start = time.perf_counter()
@@ -152,7 +155,7 @@ def measure(config: Config | None, model_folder: Path, texts: tuple[str, str, st
         ids = token_windows(model, tokenizer, texts[0], count=10**9)[:64]
         calibration = ids if config.needs_calibration else None
         # Rows that differ in keep alone share what is measured of the dense model.
-        kept = MEASURED / state / ("weights" if calibration is None else "calibrated")
+        kept = MEASURED / sources(config, search=False) / ("weights" if calibration is None else "calibrated")
         report = pycompress.apply(model, config, calibration, checkpoint=kept, progress=False)
         keeps = {"keep_targets": report.targets.keep, "keep_decoder": report.decoder.keep}
         facts = {"recipe": config.to_dict(), **keeps}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -62,8 +63,9 @@ class Encoding:
     ) -> Space:
         """The paper's search space for a share `keep` of the parameters of the blocks' linears (biases not counted).
 
-        Candidates have from `keep - tolerance` to `keep` of them. `round_to`: what head widths and numbers of MLP
-        channels are multiples of, None as `Geometry` rounds. `depth=False`: no block is dropped.
+        Candidates have from `keep - tolerance` to `keep` of them, where sizes are coarse from one step of a group's
+        size below `keep`. `round_to`: what head widths and numbers of MLP channels are multiples of, None as `Geometry`
+        rounds. `depth=False`: no block is dropped.
         """
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {keep}")
@@ -74,9 +76,11 @@ class Encoding:
             widths = {geometry.head_width(share, head) for share in shares(limits.attention, ATTENTION_STEP)}
             channels = {geometry.mlp_width(share, mlp) for share in shares(limits.mlp, MLP_STEP)}
             blocks.append((_attention(geometry, sorted(widths)), _mlp(geometry, sorted(channels))))
-        total = sum(group.parameters[-1] for block in blocks for group in block)
-        least = limits.depth if depth else len(blocks)
-        return Space(tuple(blocks), least, (math.ceil((keep - tolerance) * total), math.floor(keep * total)))
+        found = [group.parameters for block in blocks for group in block]
+        total, most = sum(sizes[-1] for sizes in found), math.floor(keep * sum(sizes[-1] for sizes in found))
+        step = max((b - a for sizes in found for a, b in itertools.pairwise(sizes)), default=0)
+        least = min(math.ceil((keep - tolerance) * total), most - step)
+        return Space(tuple(blocks), limits.depth if depth else len(blocks), (least, most))
 
     def subnet(self, candidate: Candidate) -> Subnet:
         """What a candidate keeps, as channels of the model."""
@@ -96,7 +100,8 @@ class Evaluator:
 
     `positions`: the share of predicted tokens that is scored, a random sample that all candidates share, from `seed`.
     `cache_bytes`: for hidden states between blocks, from which subnets that begin alike go on. `provider`: other
-    weights, such as reformed ones, in place of views; they are a function of the block's `Kept` alone.
+    weights, such as reformed ones, in place of views, their channels in the order of the block's `Kept`; they are a
+    function of that alone.
     `block_runs` and `block_skips` count the blocks that were run and those that a shared beginning saved.
     Raises `ValueError` for a model of an unknown architecture and for too few tokens.
     """
@@ -231,7 +236,7 @@ class _Block:
         biases = []
         for role in self.linears:
             given = None if provider is None else provider(self.index, role, kept)
-            weight, bias = self._view(role, kept) if given is None else given
+            weight, bias = self._view(role, kept) if given is None else self._in_order(role, kept, *given)
             path = self.architecture.paths[role]
             module = self.module.get_submodule(path)
             tensors[f"{path}.weight"] = weight if isinstance(module, nn.Linear) else weight.T
@@ -265,6 +270,12 @@ class _Block:
             return _take(weight, 1, self.geometry.columns(role, kept)), bias
         rows = self.geometry.rows(role, kept)
         return _take(weight, 0, rows), None if bias is None else _take(bias, 0, rows)
+
+    def _in_order(self, role: str, kept: Kept, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A weight whose MLP channels are those of `kept`, with them in the order of the views."""
+        if self.rank is None or kept.mlp is None or not self._is_mlp(role):
+            return weight, bias
+        return self._ordered(role, weight, bias, self.rank[kept.mlp].argsort().to(weight.device))
 
     def _ordered(self, role: str, weight: Tensor, bias: Tensor | None, order: Tensor) -> tuple[Tensor, Tensor | None]:
         if role == "down":

@@ -262,8 +262,11 @@ def test_some_positions_are_scored(tiny_model):
     assert not torch.equal(other.scored[0][0], index)
 
 
-def test_a_provider_s_weights_take_the_place_of_views(tiny_model):
+@pytest.mark.parametrize("ordered", [False, True], ids=["as they are", "by importance"])
+def test_a_provider_s_weights_take_the_place_of_views(tiny_model, ordered):
+    """Its channels are in the order of what is kept, in whichever order the evaluator holds the others."""
     model = tiny_model("Qwen2ForCausalLM")
+    orders = random_orders(model) if ordered else None
     subnet = random_subnet(model)
     generator = torch.Generator().manual_seed(5)
     asked, weights = [], {}
@@ -276,7 +279,7 @@ def test_a_provider_s_weights_take_the_place_of_views(tiny_model):
         assert kept == subnet.blocks[block]
         return weights[block] if role == "down" else None
 
-    got = Evaluator(model, sample(), provider=provider).perplexity(subnet)
+    got = Evaluator(model, sample(), orders, provider=provider).perplexity(subnet)
     assert set(asked) == {(block, role) for block in range(2) for role in ("q", "k", "v", "o", "gate", "up", "down")}
     shrink(model, subnet, {f"model.layers.{block}.mlp.down_proj": pair for block, pair in weights.items()})
     assert got == pytest.approx(perplexity_of(model, sample()), rel=1e-5)

@@ -362,6 +362,17 @@ def test_search_is_no_worse_than_where_it_starts(tiny_model, tmp_path, masks):
     assert same(*found)
 
 
+def test_search_scores_what_is_then_built(tiny_model):
+    model = tiny_model("LlamaForCausalLM", intermediate_size=128)
+    # Of one generation: its candidates are far from one another.
+    config = SubnetSearch(0.6, round_to=8, candidates=12, population=12, positions=1.0)
+    (result,) = pycompress.apply(model, config, IDS, progress=False).searches
+    with torch.inference_mode():
+        built = math.exp(model(input_ids=IDS, labels=IDS).loss)
+    others = [entry.perplexity for entry in result.history if entry.digest != result.best.digest]
+    assert abs(math.log(built / result.perplexity)) < 0.2 * abs(math.log(max(others) / result.perplexity))
+
+
 def test_few_candidates_still_make_generations(tiny_model):
     config = SubnetSearch(0.8, round_to=8, candidates=16, positions=1.0)
     model = tiny_model("LlamaForCausalLM", num_hidden_layers=4, intermediate_size=256)
