@@ -210,22 +210,14 @@ def test_opcheck(form: Form) -> None:
 
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_casts_as_it_does_for_a_dense_layer(form: Form, dtype: torch.dtype) -> None:
+def test_autocast_casts_as_it_does_for_a_dense_layer(
+    casts_as_torch_does: Callable[..., None], form: Form, dtype: torch.dtype
+) -> None:
     dense, bias = form.weight(63, 104, torch.float32), draw(63)
     packed = form.pack(dense)
-    ours, torchs = (draw(9, 104, dtype=dtype).requires_grad_() for _ in range(2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, expected = form.layer(ours, *packed, bias), F.linear(torchs, dense, bias)
-        compiled = torch.compile(lambda x: form.layer(x, *packed, bias), fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(ours), y)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    assert ours.grad is not None
-    assert torchs.grad is not None
-    assert ours.grad.dtype == dtype
-    for got, want in ((y, expected), (ours.grad, torchs.grad)):
-        assert (got - want).norm() <= 0.02 * want.norm()
+    casts_as_torch_does(
+        lambda x: form.layer(x, *packed, bias), lambda x: F.linear(x, dense, bias), draw(9, 104, dtype=dtype)
+    )
 
 
 def test_wrong_2_to_4_input_is_named() -> None:

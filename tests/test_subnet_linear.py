@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -172,22 +172,17 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_casts_as_it_does_for_a_dense_layer(dtype: torch.dtype) -> None:
+def test_autocast_casts_as_it_does_for_a_dense_layer(
+    casts_as_torch_does: Callable[..., None], dtype: torch.dtype
+) -> None:
     weight, bias, rows = _draw(63, 100), _draw(63), _choice(63, 1)
-    ours, torchs = (_draw(9, 100, dtype=dtype).requires_grad_() for _ in range(2))
+    casts_as_torch_does(
+        lambda x: subnet_linear(x, weight, bias, rows),
+        lambda x: F.linear(x, weight[rows], bias[rows]),
+        _draw(9, 100, dtype=dtype),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, expected = subnet_linear(ours, weight, bias, rows), F.linear(torchs, weight[rows], bias[rows])
-        assert subnet_linear(ours.double(), weight.double()).dtype == torch.float64
-        compiled = torch.compile(lambda x: subnet_linear(x, weight, bias, rows), fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(ours), y)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    assert ours.grad is not None
-    assert torchs.grad is not None
-    assert ours.grad.dtype == dtype
-    for got, want in ((y, expected), (ours.grad, torchs.grad)):
-        assert (got - want).norm() <= 0.02 * want.norm()
+        assert subnet_linear(_draw(9, 100).double(), weight.double()).dtype == torch.float64
 
 
 def test_wrong_input_is_named() -> None:
