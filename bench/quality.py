@@ -96,6 +96,10 @@ BASELINES: dict[str, type[Any]] = {
 ROWS += (
     *((f"pruned to {keep}: ours", SubnetSearch(keep)) for keep in PRUNED + PEERS),
     *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, **SEARCH)) for keep in PRUNED),
+    *(
+        (f"pruned to {keep}: ours, every linear refitted", SubnetSearch(keep, sequential=True, refit="block"))
+        for keep in PRUNED
+    ),
     *((f"pruned to {keep}: ours, not refitted", SubnetSearch(keep, reform="none")) for keep in PRUNED),
     *((f"pruned to {keep}: ours, uniform", SubnetSearch(keep, allocation="uniform", round_to=8)) for keep in PRUNED),
     *(

@@ -39,6 +39,7 @@ STORED = {
 METHODS = {
     "SubnetSearch": "ours",
     "… and evolution": "ours, searched",
+    "… every linear refitted": "ours, every linear refitted",
     "… not refitted": "ours, not refitted",
     "… the same share of every block": "ours, uniform",
     "… the paper's scores, uniform, refitted": "the paper's scores",
