@@ -216,8 +216,10 @@ class Pruning:
         influence = torch.zeros(len(self.sizes), dtype=torch.float64)
         if self.config.needs_calibration:
             known = self.saved.load_ranking(self._ranking)
-            influence = block_influence(self._stream()) if known is None else known["influence"]
-            self.saved.save_ranking(self._ranking, {"influence": influence})
+            if known is None:
+                known = {"influence": block_influence(self._stream())}
+                self.saved.save_ranking(self._ranking, known)
+            influence = known["influence"]
         order = self.method.blocks(influence, self.config).argsort()
         total = sum(size.parameters(Kept()) for size in self.sizes)
         left, gone = total, set[int]()

@@ -211,13 +211,17 @@ def test_opcheck(form: Form) -> None:
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_casts_as_it_does_for_a_dense_layer(
-    casts_as_torch_does: Callable[..., None], form: Form, dtype: torch.dtype
+    under_autocast: Callable[..., tuple[tuple[Tensor, Tensor], ...]], form: Form, dtype: torch.dtype
 ) -> None:
     dense, bias = form.weight(63, 104, torch.float32), draw(63)
     packed = form.pack(dense)
-    casts_as_torch_does(
+    pairs = under_autocast(
         lambda x: form.layer(x, *packed, bias), lambda x: F.linear(x, dense, bias), draw(9, 104, dtype=dtype)
     )
+    assert pairs[0][0].dtype == pairs[0][1].dtype == torch.bfloat16
+    assert pairs[1][0].dtype == dtype
+    for got, want in pairs:
+        assert (got - want).norm() <= 0.02 * want.norm()
 
 
 def test_wrong_2_to_4_input_is_named() -> None:

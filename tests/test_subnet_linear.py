@@ -173,14 +173,18 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_casts_as_it_does_for_a_dense_layer(
-    casts_as_torch_does: Callable[..., None], dtype: torch.dtype
+    under_autocast: Callable[..., tuple[tuple[Tensor, Tensor], ...]], dtype: torch.dtype
 ) -> None:
     weight, bias, rows = _draw(63, 100), _draw(63), _choice(63, 1)
-    casts_as_torch_does(
+    pairs = under_autocast(
         lambda x: subnet_linear(x, weight, bias, rows),
         lambda x: F.linear(x, weight[rows], bias[rows]),
         _draw(9, 100, dtype=dtype),
     )
+    assert pairs[0][0].dtype == pairs[0][1].dtype == torch.bfloat16
+    assert pairs[1][0].dtype == dtype
+    for got, want in pairs:
+        assert (got - want).norm() <= 0.02 * want.norm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert subnet_linear(_draw(9, 100).double(), weight.double()).dtype == torch.float64
 

@@ -82,7 +82,7 @@ constexpr auto adders(std::index_sequence<I...>) {
 }
 constexpr auto ADDERS = adders(std::make_index_sequence<MOST>());
 
-// Rows [from, from + count) times `width` tokens, x [inputs, width], into sums [count, width].
+// sums [rows, width] = the rows times `width` tokens, x [inputs, width].
 template <bool exact, class Weight>
 void add_rows(const Weight &w, Range rows, const float *x, int64_t width, float *sums) {
   const auto add = ADDERS[width / Vec::width - 1];
