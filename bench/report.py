@@ -1,4 +1,4 @@
-"""Render performance.md, quality.md and trajectory.md of docs and their plots from bench/results: `make performance`.
+"""Render the pages of docs that show results, and their plots, from bench/results: `make performance`.
 
 The page says nothing that the results and bench/targets.py do not; the same results give the same bytes.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import laws_report
 import quality_report
 import trajectory_report
 from targets import COMPARISONS, LIMIT, Comparison
@@ -296,6 +297,7 @@ def main() -> int:
         quality_report.update_readme("speed", highlights(cpus[0]))
     quality_report.main()
     trajectory_report.main()
+    laws_report.main()
     return 0
 
 

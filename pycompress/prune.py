@@ -269,8 +269,9 @@ class Pruning:
                 weights = {name: dense_weight(self.model.get_submodule(name)) for name in names}
                 saliency = weight_saliency(self.model, blocks(self.model), sample, weights, progress)
             else:
-                readers = [self._name(b, role) for b in range(len(self.sizes)) for role in READERS]
-                covariance = loss_covariance(self.model, blocks(self.model), sample, readers, progress)
+                felt = [*READERS, *([self.sizes[0].holder("q")] if "attention" in self.config.parts else [])]
+                names = [self._name(block, role) for block in range(len(self.sizes)) for role in felt]
+                covariance = loss_covariance(self.model, blocks(self.model), sample, names, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
         if self.method.learn is not None:
@@ -291,7 +292,7 @@ class Pruning:
         return found
 
     def _groups(self, block: int, member: Callable[[str, Tensor], Member]) -> dict[str, Group]:
-        """The block's parts by name: `mlp`; of the heads `kv_heads`, or `attention`, or `rotated` and `passed`."""
+        """The block's parts by name, as `widths.Parts` has them."""
         size = self.sizes[block]
         roles = size.part_roles
         found = {}
@@ -299,17 +300,26 @@ class Pruning:
             writers = tuple(member(role, size.channel_rows(role)[:, None]) for role in ("gate", "up") if role in roles)
             found["mlp"] = Group(writers, (member("down", size.channel_columns("down")[:, None]),))
         for name, index in self._head_indices(size).items():
-            attention = tuple(member(role, index[role]) for role in ("q", "k", "v"))
-            found[name] = Group(attention, (member("o", index["o"]),))
+            writers = tuple(member(role, units) for role, units in index.items() if role != "o")
+            found[name] = Group(writers, (member("o", index["o"]),) if "o" in index else ())
         return found
 
     def _head_indices(self, size: Geometry) -> dict[str, dict[str, Tensor]]:
-        """For each part of the heads that is pruned, by role the rows (of o the columns) of each unit, `[U, C]`."""
+        """For each part of the heads that is pruned, by role the rows (of o the columns) of each unit, `[U, C]`, or of
+        the units of each key-value head, `[S, U, C]`.
+        """
         channels = {role: size.channel_rows(role) for role in ("q", "k", "v")} | {"o": size.channel_columns("o")}
         found = {}
         if "attention" in self.config.parts:
+            # What can be chosen apart is, where the method tells what each costs.
+            apart = self.method.eliminate is not None
+            roles = ("q", "k") if apart else tuple(channels)
             for name, units in _head_units(size).items():
-                found[name] = {role: of[:, units].transpose(0, 1).flatten(1) for role, of in channels.items()}
+                found[name] = {role: channels[role][:, units].transpose(0, 1).flatten(1) for role in roles}
+            if apart:
+                found["values"] = {
+                    role: channels[role].view(size.kv_heads, -1, size.width).transpose(1, 2) for role in ("v", "o")
+                }
         # A single one always stays.
         if "kv_heads" in self.config.parts and size.kv_heads > 1:
             found["kv_heads"] = {role: of.reshape(size.kv_heads, -1) for role, of in channels.items()}
@@ -333,6 +343,7 @@ class Pruning:
         return Member(
             weight,
             units.to(weight.device),
+            bias=None if linear.bias is None else linear.get_parameter("bias").detach(),
             gram=None if inputs is None else inputs.gram,
             mean=None if inputs is None else inputs.mean,
             saliency=saliency[name][1 if reads else 0] if name in saliency else None,
@@ -349,7 +360,8 @@ class Pruning:
             found: Elimination = self.method.eliminate(group, self.config)
             # The last unit never goes.
             error = torch.cat([found.error, found.error[-1:]])
-            return Ranked(found.order[0], error[1:].clone(), error)
+            order = found.order if len(found.order) > 1 else found.order[0]
+            return Ranked(order, error[1:].clone(), error)
         assert self.scores is not None
         scores = self.scores(group, self.config).cpu()
         order = scores.argsort(stable=True)
@@ -405,8 +417,11 @@ def _order(size: Geometry, found: Parts) -> Order:
     units = _head_units(size)
     starts = dict(zip(units, (0, len(size.qk_units)), strict=False))
     rows = torch.cat([found[name].order.flip(0) + starts[name] for name in units])
-    channels = torch.cat([units[name][found[name].order.flip(0)].flatten() for name in units])
-    return Order(mlp=mlp, qk=rows[None], vo=channels.expand(size.kv_heads, -1))
+    if "values" in found:
+        values = found["values"].order.flip(-1).view(-1, size.width)
+    else:
+        values = torch.cat([units[name][found[name].order.flip(0)].flatten() for name in units])
+    return Order(mlp=mlp, qk=rows[None], vo=values.expand(size.kv_heads, -1))
 
 
 def _mean(statistics: Statistics) -> Tensor:
@@ -433,4 +448,5 @@ def _kept(size: Geometry, left: Geometry, found: Parts) -> Kept:
         units[found[name].kept(counts[name] // units.shape[1])].flatten() for name, units in _head_units(size).items()
     ]
     channels = torch.cat(kept).sort().values
-    return Kept(mlp=mlp, qk=channels[None], vo=channels.expand(size.kv_heads, -1))
+    values = found["values"].kept(left.width).view(-1, left.width) if "values" in found else channels
+    return Kept(mlp=mlp, qk=channels[None], vo=values.expand(size.kv_heads, -1))

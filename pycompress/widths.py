@@ -22,8 +22,9 @@ SHARES = 4096
 class Ranked:
     """How much each unit of one part of a block matters.
 
-    `order [U]` int64: the units, the first to remove first; `scores [U]`: of the units in that order, rising; `error
-    [U + 1]`: the loss's rise when the first 0, 1, … are removed, None where the method does not know it.
+    `order [U]` int64: the units, the first to remove first, or `[S, U]` where S sets lose a unit each at a time;
+    `scores [U]`: of the units in that order, rising; `error [U + 1]`: the loss's rise when the first 0, 1, … are
+    removed, None where the method does not know it.
     """
 
     order: Tensor
@@ -32,10 +33,11 @@ class Ranked:
 
     def kept(self, count: int) -> Tensor:
         """The `count` units that stay longest, ascending."""
-        return self.order[len(self.order) - count :].sort().values
+        return self.order[..., self.order.shape[-1] - count :].sort(-1).values
 
 
-# A block's parts by name: "mlp"; of the heads "kv_heads", or "attention", or "rotated" and "passed" channels.
+# A block's parts by name: "mlp"; of the heads "kv_heads", or "attention", or "rotated" and "passed" channels. Where
+# these are of queries and keys alone, those of values and o are "values".
 Parts = dict[str, Ranked]
 
 
@@ -181,10 +183,12 @@ def _parameters_of(size: Geometry, kind: str, count: int) -> int:
 
 def _of_kind(parts: Parts, kind: str) -> list[Ranked]:
     """The block's parts that are MLP channels, key-value heads, or ("attention") channels of heads."""
-    named = {"mlp": ("mlp",), "kv_heads": ("kv_heads",), "attention": ("attention", "rotated", "passed")}[kind]
+    heads = ("attention", "rotated", "passed", "values")
+    named = {"mlp": ("mlp",), "kv_heads": ("kv_heads",), "attention": heads}[kind]
     return [part for name, part in parts.items() if name in named]
 
 
 def _error_at(part: Ranked, fraction: float) -> float:
     assert part.error is not None
-    return float(part.error[len(part.order) - max(1, round(len(part.order) * fraction))])
+    count = part.order.shape[-1]
+    return float(part.error[count - max(1, round(count * fraction))])

@@ -7,7 +7,15 @@ import pytest
 import scipy.linalg
 import torch
 
-from pycompress.methods.importance import column_scores, damped, eliminate, inverse, phi, row_scores
+from pycompress.methods.importance import (
+    column_scores,
+    damped,
+    eliminate,
+    eliminate_unread,
+    inverse,
+    phi,
+    row_scores,
+)
 
 TINY = 1e-12
 
@@ -118,3 +126,26 @@ def test_elimination_is_near_the_best_choice_of_all():
     found = eliminate(weight, gram(inputs), torch.arange(10).view(1, 10, 1), damping=TINY)
     best = min(refit_error(inputs, weight, list(kept)) for kept in itertools.combinations(range(10), 5))
     assert refit_error(inputs, weight, found.kept(5)[0].tolist()) <= 1.5 * best
+
+
+def test_unread_outputs_go_by_the_squared_change_of_the_loss_over_all_pairs_of_tokens():
+    """Gradients of one token against outputs of another: as many pairs as it takes for the two to be independent."""
+    generator = torch.Generator().manual_seed(5)
+    outputs = (
+        torch.randn(40, 8, generator=generator, dtype=torch.float64) @ torch.rand(8, 8, generator=generator).double()
+    )
+    gradients = torch.randn(30, 8, generator=generator, dtype=torch.float64)
+    units = torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]])
+
+    def cost(gone):
+        rows = units[gone].flatten()
+        return float((gradients[:, rows] @ outputs[:, rows].T).square().mean())
+
+    found = eliminate_unread(gram(outputs), gram(gradients), units)
+    gone = []
+    for removed in range(1, 4):
+        costs = {unit: cost([*gone, unit]) for unit in set(range(4)) - set(gone)}
+        gone.append(min(costs, key=costs.get))
+        assert found.order[0, :removed].tolist() == gone
+        assert float(found.error[removed]) == pytest.approx(costs[gone[-1]], rel=1e-9)
+    assert sorted(found.order[0].tolist()) == [0, 1, 2, 3]

@@ -2,9 +2,15 @@
 
 import importlib
 import json
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from pycompress import runs
+from pycompress.runs import Run
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -113,6 +119,58 @@ def test_the_trajectory_page_is_what_the_recorded_losses_give(report):
         assert trajectory.PAGE.read_text(encoding="utf-8") == trajectory.render(content), (
             "stale: run `make performance`"
         )
+
+
+def test_the_page_of_laws_is_what_the_recorded_runs_give(report):
+    laws = report.laws_report
+    if laws.RESULTS.exists():
+        assert laws.PAGE.read_text(encoding="utf-8") == laws.render(runs.load(laws.RESULTS)), (
+            "stale: run `make performance`"
+        )
+
+
+def made_runs(exponents, accuracy=-1.0, gain=0.1):
+    """Runs of made-up methods, whose losses rise by the exponents; recovery at keep 0.5 takes a share away."""
+    noise = np.random.default_rng(0)
+    for method, exponent in exponents.items():
+        for keep, tokens in [*((k / 10, 0) for k in range(9, 0, -1)), (0.5, 4000)]:
+            loss = 3.0 * (2 - keep) ** exponent * math.exp(0.002 * noise.standard_normal())
+            right = 0.8 * (2 - keep) ** accuracy * math.exp(0.002 * noise.standard_normal())
+            yield Run(
+                f"{method} {keep} {tokens}",
+                "model",
+                method,
+                [{"method": method, "keep": keep}],
+                keep,
+                tokens,
+                0,
+                keep=keep,
+                loss=loss * (1 - gain if tokens else 1),
+                dense_loss=3.0,
+                tasks={"piqa": {"accuracy": right, "stderr": 0.06, "count": 60}},
+                dense_tasks={"piqa": {"accuracy": 0.8, "stderr": 0.06, "count": 60}},
+                bytes=round(1e6 * keep),
+                dense_bytes=1_000_000,
+                prefill_tokens_per_s=100 * (2 - keep),
+                decode_tokens_per_s=10 * (2 - keep),
+                dense_prefill_tokens_per_s=100.0,
+                dense_decode_tokens_per_s=10.0,
+                versions={"threads": "1"},
+            )
+
+
+def test_what_the_paper_of_laws_says_is_held_against_the_runs(report):
+    page = report.laws_report.render(list(made_runs({"Square": 2.0, "Linear": 1.0})))
+    loss, accuracy, gain, kept, faster = page.partition("## What arXiv")[2].split("\n- ")[1:]
+    assert "of 1 of 2 methods: Square 2.0" in loss
+    assert "Linear 1.0" in loss
+    assert "of 2 of 2 methods: Square -1.0" in accuracy
+    assert re.search(r"Here by up to (9\.\d|10\.\d)%: \w+ at keep 0.5 with 4,000 tokens", gain)
+    # The runs' accuracies at ratios of 0.1 to 0.4 are 1 / (1 + r) of the dense model's.
+    expected = sum(1 / (1 + r / 10) for r in range(1, 5)) / 4
+    assert f"without recovery {expected:.0%} over 8 runs (paper 57%)" in kept
+    assert "Square at r 0.90 +90% prefill, +90% decode" in faster
+    assert "| Square | 1.10x, 1.10x |" in page
 
 
 def test_the_best_of_a_column_is_bold(report):

@@ -166,6 +166,34 @@ def test_every_linear_refitted_brings_the_outputs_nearer(tiny_model):
     assert errors["block"] < errors["readers"]
 
 
+@pytest.mark.parametrize("importance", ["elimination", "phi"])
+def test_queries_and_values_lose_channels_of_their_own(tiny_model, chosen, importance):
+    """Two rotary pairs of the queries and keys do nothing, and other channels of the values, of each head others."""
+    model = tiny_model("LlamaForCausalLM", num_attention_heads=4, num_key_value_heads=2)
+    pairs, channels = [1, 6, 9, 14], ([0, 4, 10, 11], [1, 2, 9, 15])
+    with torch.no_grad():
+        for block in model.model.layers:
+            for role, heads in (("q", 4), ("k", 2), ("v", 2)):
+                linear = block.self_attn.get_submodule(f"{role}_proj")
+                for head in range(heads):
+                    gone = torch.tensor(pairs if role != "v" else channels[head]) + 16 * head
+                    linear.weight[gone] = 0
+                    linear.bias[gone] = 0
+        expected = model(IDS).logits
+    config = SubnetSearch(0.75, parts="attention", round_to=4, importance=importance, allocation="uniform")
+    total = weights_of(model)
+    share = sum(
+        block.self_attn.get_submodule(f"{r}_proj").weight.numel() for block in model.model.layers for r in "qkvo"
+    )
+    config = dataclasses.replace(config, keep=1 - 0.25 * share / total)
+    pycompress.apply(model, config, IDS, progress=False)
+    for kept in chosen[0].blocks:
+        assert kept.qk.tolist() == [sorted(set(range(16)) - set(pairs))]
+        assert kept.vo.tolist() == [sorted(set(range(16)) - set(gone)) for gone in channels]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
 EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 

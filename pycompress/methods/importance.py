@@ -48,19 +48,19 @@ def phi(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def row_scores(values: Tensor, units: Tensor) -> Tensor:
-    """Sum of `values [N, K]` over the rows that each unit covers (`units [U, R]`), `[U]`."""
-    return values.sum(1)[units].sum(1)
+    """Sum of `values [N, K]` over the rows that each unit covers (`units [..., U, R]`), `[..., U]`."""
+    return values.sum(1)[units].sum(-1)
 
 
 def column_scores(values: Tensor, units: Tensor) -> Tensor:
-    """Sum of `values [N, K]` over the columns that each unit covers (`units [U, C]`), `[U]`."""
-    return values.sum(0)[units].sum(1)
+    """Sum of `values [N, K]` over the columns that each unit covers (`units [..., U, C]`), `[..., U]`."""
+    return values.sum(0)[units].sum(-1)
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """`order [S, U]` int64: the units of each set, the first to remove first. `error [U]` float64: the squared output
-    error after 0, 1, … removals from each set, the last unit staying; never falling.
+    """`order [S, U]` int64: the units of each set, the first to remove first. `error [U]` float64: what 0, 1, …
+    removals from each set cost, the last unit staying; never falling.
     """
 
     order: Tensor
@@ -117,6 +117,31 @@ def eliminate(
         columns = torch.arange(len(stay), device=weight.device).view(sets, -1, width)
     order.append(left)
     return Elimination(torch.cat(order, 1).cpu(), torch.cat(error))
+
+
+def eliminate_unread(moments: Tensor, covariance: Tensor, units: Tensor) -> Elimination:
+    """Remove units of outputs that nothing can make up for, one after the other, each time those that cost the least.
+
+    Removing the outputs R costs `Σ_ij∈R C_ij Y_ij`, the loss's second-order change by the empirical Fisher information
+    where outputs and gradients are taken to be independent, as `eliminate` takes them.
+
+    `moments [N, N]`: Y, mean of y yᵀ of the outputs; `covariance [N, N]`: C, of the loss's gradients by them; `units
+    [U, R]`: the outputs of each unit. One set.
+    """
+    costs = (moments.double() * covariance.double())[units].sum(1)
+    between = torch.stack([costs[:, outputs].sum(1) for outputs in units], 1)
+    marginal, total = between.diagonal().clone(), 0.0
+    order: list[int] = []
+    error = [0.0]
+    for _ in range(len(units) - 1):
+        unit = int(marginal.argmin())
+        total += float(marginal[unit])
+        order.append(unit)
+        error.append(max(error[-1], total))
+        marginal += 2 * between[unit]
+        marginal[unit] = torch.inf
+    order.append(int(marginal.argmin()))
+    return Elimination(torch.tensor([order]), torch.tensor(error, dtype=torch.float64))
 
 
 def _felt(weight: Tensor, sensitivity: Tensor | None) -> Tensor:

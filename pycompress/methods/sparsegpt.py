@@ -1,6 +1,6 @@
 """SparseGPT: weights of a row become zero one after another, and those that follow make up for each.
 
-Reference: arXiv:2301.00774, algorithm 1.
+Reference: arXiv:2301.00774, algorithm 1; the order of N:M groups is arXiv:2210.17323's of columns ("act order").
 """
 
 from __future__ import annotations
@@ -21,8 +21,25 @@ def sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, group: tuple[int, i
     """`weight [N, K]` with zeros, the rest of each row changed so that its outputs change least, float32.
 
     `gram [K, K]`: mean of x xᵀ over the inputs. `sparsity`: share of zeros of every 128 columns, chosen among all rows
-    when the columns before them are done. `group`: (n, m), to keep n of every m columns of a row instead.
+    when the columns before them are done. `group`: (n, m), to keep n of every m columns of a row instead, the groups of
+    the largest inputs first: those that follow can make up for them.
     """
+    if group is not None:
+        order = _by_energy(gram, group[1])
+        pruned = torch.empty_like(weight, dtype=torch.float32)
+        pruned[:, order] = _pruned(weight[:, order], gram[order][:, order], sparsity, group)
+        return pruned
+    return _pruned(weight, gram, sparsity, None)
+
+
+def _by_energy(gram: Tensor, size: int) -> Tensor:
+    """Columns in groups of `size`, the group with the largest mean square first."""
+    groups = gram.diagonal().unflatten(0, (-1, size)).sum(1).argsort(descending=True, stable=True)
+    return (groups[:, None] * size + torch.arange(size, device=gram.device)).flatten()
+
+
+def _pruned(weight: Tensor, gram: Tensor, sparsity: float, group: tuple[int, int] | None) -> Tensor:
+    """As `sparsegpt`, column after column as they are given."""
     # Of an input that is always zero the weights are worth nothing.
     rest = weight.float().masked_fill(gram.diagonal() == 0, 0)
     columns = rest.shape[1]

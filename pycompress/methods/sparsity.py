@@ -250,7 +250,7 @@ METHODS[Prune] = Method(
     curve,
     check,
     shared=lambda config: config.scope == "global" and config.rate is None,
-    staged=lambda config: config.needs_calibration,
+    staged=lambda config: config.score == "sparsegpt",
     sensitive=lambda config: config.scope == "global" and config.needs_calibration,
     budgets=lambda config: budgets if config.scope == "global" and config.rate is not None else None,
 )

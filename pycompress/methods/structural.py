@@ -65,15 +65,17 @@ class StructuralConfig(ShrinkConfig, abstract=True):
 class Member:
     """One linear of a group: a writer, whose rows are the group's channels, or a reader, whose columns are.
 
-    `weight [N, K]`; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each unit covers. The
-    others, float32, are there where the method needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs.
-    `saliency`: `|W ⊙ ∂loss/∂W|` summed over each row of a writer `[N]`, each column of a reader `[K]`, in nats.
-    `covariance [N, N]`: of the loss's gradients by the outputs of a reader, in nats² over the output's unit squared.
+    `weight [N, K]`, `bias [N]` or None; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each
+    unit covers, or `[S, U, C]` where S sets lose a unit each at a time. The others, float32, are there where the method
+    needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs. `saliency`: `|W ⊙ ∂loss/∂W|` summed over each
+    row of a writer `[N]`, each column of a reader `[K]`, in nats. `covariance [N, N]`: of the loss's gradients by the
+    outputs of a reader and of queries, in nats² over the output's unit squared.
     `recorded [N, K]`: importance of each weight along training.
     """
 
     weight: Tensor
     units: Tensor
+    bias: Tensor | None = None
     gram: Tensor | None = None
     mean: Tensor | None = None
     saliency: Tensor | None = None
@@ -83,7 +85,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of one block that share channels; row u of every member's `units` is unit u."""
+    """Linears of one block that share channels; row u of every member's `units` is unit u. Queries and keys alone have
+    no reader: attention multiplies them.
+    """
 
     writers: tuple[Member, ...]
     readers: tuple[Member, ...]
@@ -95,7 +99,7 @@ class Group:
     @property
     def size(self) -> int:
         """The number of units."""
-        return len(self.members[0].units)
+        return self.members[0].units.shape[-2]
 
 
 def of_units(group: Group, of: Callable[[Member], Tensor]) -> Tensor:
@@ -147,9 +151,9 @@ Learn = Callable[[Callable[[int], Group], list[int], Any, Bar], Scores]
 @dataclass(frozen=True)
 class Structural:
     """`scores(group, config)` gives each unit's importance `[U]` float64: the lowest go first. `eliminate(group,
-    config)` gives an order with its error instead, `blocks(influence [B], config)` the importance of whole blocks
-    `[B]`; `learn(groups, counts, config, bar)` gives `scores` once it has seen the MLPs of all blocks. A method has one
-    of the four.
+    config)` gives an order with its error instead, of queries and keys apart from values and o; `blocks(influence [B],
+    config)` the importance of whole blocks `[B]`; `learn(groups, counts, config, bar)` gives `scores` once it has seen
+    the MLPs of all blocks. A method has one of the four.
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
     model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its

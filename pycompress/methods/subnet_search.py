@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pycompress.executor import EXECUTORS
-from pycompress.methods.importance import Elimination, eliminate, phi
+from pycompress.methods.importance import Elimination, eliminate, eliminate_unread, phi
 from pycompress.methods.structural import (
     STRUCTURAL,
     Group,
@@ -109,10 +109,29 @@ def ranked(group: Group, config: SubnetSearch) -> Elimination:
     """The group's units, the first to remove first."""
     if config.importance == "phi":
         order = _phi(group).argsort(stable=True)
-        return Elimination(order[None].cpu(), torch.zeros(len(order), dtype=torch.float64))
+        order = order.view(-1, order.shape[-1])
+        return Elimination(order.cpu(), torch.zeros(order.shape[1], dtype=torch.float64))
+    if not group.readers:
+        # Attention multiplies queries by keys: without a channel of one the other's does nothing.
+        queries = group.writers[0]
+        assert queries.covariance is not None
+        return eliminate_unread(_moments(queries), queries.covariance, queries.units)
     (reader,) = group.readers
     assert reader.gram is not None
-    return eliminate(reader.weight, reader.gram, reader.units[None], reader.covariance)
+    units = reader.units if reader.units.ndim == 3 else reader.units[None]
+    return eliminate(reader.weight, reader.gram, units, reader.covariance)
+
+
+def _moments(writer: Member) -> Tensor:
+    """Mean of y yᵀ of a linear's outputs, `[N, N]` float64."""
+    assert writer.gram is not None
+    assert writer.mean is not None
+    weight = writer.weight.double()
+    moments = weight @ writer.gram.double() @ weight.T
+    if writer.bias is None:
+        return moments
+    bias, mean = writer.bias.double(), weight @ writer.mean.double()
+    return moments + torch.outer(bias, mean) + torch.outer(mean, bias) + torch.outer(bias, bias)
 
 
 def _phi(group: Group) -> Tensor:
