@@ -100,6 +100,7 @@ ROWS += (
         (f"pruned to {keep}: ours, every linear refitted", SubnetSearch(keep, sequential=True, refit="block"))
         for keep in PRUNED
     ),
+    *((f"pruned to {keep}: ours, heads too", SubnetSearch(keep, parts=("mlp", "attention"))) for keep in PRUNED),
     *((f"pruned to {keep}: ours, not refitted", SubnetSearch(keep, reform="none")) for keep in PRUNED),
     *((f"pruned to {keep}: ours, uniform", SubnetSearch(keep, allocation="uniform", round_to=8)) for keep in PRUNED),
     *(

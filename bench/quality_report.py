@@ -38,6 +38,7 @@ STORED = {
 }
 METHODS = {
     "SubnetSearch": "ours",
+    "… heads too": "ours, heads too",
     "… and evolution": "ours, searched",
     "… every linear refitted": "ours, every linear refitted",
     "… not refitted": "ours, not refitted",
