@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from pycompress import runs
+from pycompress import laws, runs
 from pycompress.laws.summary import Summary, Table, coefficients, critical, front, held_out, summarise
 from pycompress.runs import Run
 
@@ -20,6 +20,9 @@ EXPONENTS = {"loss": 2.0, "accuracy": -1.0}
 GAIN = 0.55
 KEPT = {"without recovery": 0.57, "with recovery": 0.84}
 FASTER = {"large models": 0.60, "models up to 7B": 0.35}
+# Nats above the dense loss, and a speed-up of prefill, for which advice is shown.
+RISES = (0.5, 1.0)
+SPEEDUP = 2.0
 
 BEGIN = """# Compression laws of Gemma-3-270M
 
@@ -40,6 +43,11 @@ Losses with recovery:
 CLAIMS = """
 ## What arXiv:2504.04342 says, on this model
 
+"""
+ADVICE = """
+## Advice
+
+What `pycompress advise bench/results/{file} --unit {unit:g}` answers:
 """
 SPEED = """
 ## Speed
@@ -69,6 +77,7 @@ def render(found: Sequence[Run]) -> str:
     for summary in (first, second):
         parts += [section(make(summary, what)) for what in ("loss", "accuracy") for make in (coefficients, held_out)]
     parts += [section(critical(first, "loss")), section(front(first)), CLAIMS, *claims(first)]
+    parts += [ADVICE.format(file=RESULTS.name, unit=UNIT), *advice(found, some.dense_loss or 0.0)]
     threads = sorted({run.versions["threads"] for run in found if run.versions})
     machine = f"On a CPU, {', '.join(threads)} thread a run, two runs at a time"
     parts += [SPEED.format(prompt="128 tokens", machine=machine), markdown(speeds(first))]
@@ -186,6 +195,22 @@ def faster(summary: Summary) -> str:
             both = ", ".join(f"{value - 1:+.0%} {phase}" for phase, value in speed.items() if value is not None)
             told.append(f"{method} at r {run.ratio:.2f} {both}")
     return f"- *Inference is faster at 90% by up to {said}.* Here: {'; '.join(told)}.\n"
+
+
+def advice(found: Sequence[Run], dense: float) -> list[str]:
+    """The answers for rises of the loss, in nats, and for a speed-up."""
+    asked: list[tuple[str, dict[str, float]]] = [
+        (f"--max-loss {dense + rise:.3f}", {"max_loss": round(dense + rise, 3)}) for rise in RISES
+    ]
+    asked.append((f"--min-speedup {SPEEDUP:g} --phase prefill", {"min_speedup": SPEEDUP}))
+    parts = []
+    for said, limits in asked:
+        try:
+            answer = str(laws.advise(found, unit=UNIT, phase="prefill" if "phase" in said else "decode", **limits))
+        except ValueError as error:
+            answer = str(error)
+        parts.append(f"\n`{said}`:\n\n```\n{answer}\n```\n")
+    return parts
 
 
 def main() -> None:

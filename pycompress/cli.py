@@ -26,6 +26,7 @@ app = typer.Typer(
 ModelFolder = Annotated[Path, typer.Argument(help="Folder of a saved causal language model.", show_default=False)]
 RunsFolder = Annotated[Path, typer.Argument(help="Folder of a sweep, or its runs.jsonl.", show_default=False)]
 LawName = Annotated[str, typer.Option(help="v1 or v2.")]
+Unit = Annotated[float, typer.Option(help="Recovery tokens to one of D.")]
 Device = Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -245,7 +246,7 @@ def laws(
     runs: RunsFolder,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; RUNS/report.html if not given.")] = None,
     law: LawName = "v1",
-    unit: Annotated[float, typer.Option(help="Recovery tokens to one of D.")] = 1e6,
+    unit: Unit = 1e6,
     json: Json = False,
 ) -> None:
     """Fit compression laws to a sweep's runs, print them and write a report page."""
@@ -273,6 +274,7 @@ def advise(
     tokens: Annotated[list[int] | None, typer.Option(help="Recovery tokens to choose among; may be repeated.")] = None,
     phase: Annotated[str, typer.Option(help="What the speed-up is of: decode or prefill.")] = "decode",
     law: LawName = "v1",
+    unit: Unit = 1e6,
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Look beyond what was measured.")] = False,
     json: Json = False,
 ) -> None:
@@ -290,6 +292,7 @@ def advise(
             tokens=tokens or None,
             phase=phase,
             law=law,
+            unit=unit,
             extrapolate=extrapolate,
         )
         typer.echo(dumps(advice.to_dict(), indent=1) if json else str(advice))

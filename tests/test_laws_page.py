@@ -210,6 +210,9 @@ def test_the_command_advises(folder):
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(expected)
     assert json.loads(call("advise", folder, "--max-loss", 4, "--json").stdout)["kept"] == pytest.approx(expected.kept)
+    other = json.loads(call("advise", folder, "--max-loss", 4, "--unit", 1e3, "--json").stdout)["kept"]
+    assert other == pytest.approx(advise(made(), max_loss=4, unit=1e3).kept)
+    assert other != pytest.approx(expected.kept)
 
 
 @pytest.mark.parametrize(
