@@ -250,7 +250,7 @@ METHODS[Prune] = Method(
     curve,
     check,
     shared=lambda config: config.scope == "global" and config.rate is None,
-    staged=lambda config: config.score == "sparsegpt",
+    staged=lambda config: config.score == "sparsegpt" or (config.score == "wanda" and config.group is None),
     sensitive=lambda config: config.scope == "global" and config.needs_calibration,
     budgets=lambda config: budgets if config.scope == "global" and config.rate is not None else None,
 )
