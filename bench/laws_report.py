@@ -30,8 +30,8 @@ BEGIN = """# Compression laws of Gemma-3-270M
 `bench/results/{file}`; `pycompress laws bench/results/{file} --unit {unit:g}` prints these laws
 and draws them on one HTML page; `make performance` renders this page. Loss: nats a token on 8 windows of 512 tokens of
 WikiText-2's raw test text, dense {dense:.4f}. Accuracy: the first {questions} questions of {tasks}, dense
-{accuracy:.3f}.
-What the methods do: [methods](methods.md); what a law is and what `pycompress advise` makes of it: [laws](laws.md).
+{accuracy:.3f}. What the methods do: [methods](methods.md). What a law is and what `pycompress advise` makes of it:
+[laws](laws.md).
 
 The ratio r is the removed share of the decoder blocks' bytes. Losses without recovery, by the `keep` asked for:
 
@@ -52,9 +52,10 @@ What `pycompress advise bench/results/{file} --unit {unit:g}` answers:
 SPEED = """
 ## Speed
 
-Tokens a second over the dense model's, in turns with it in the same run: prefill of {prompt}, decoding. {machine}.
-Gemma's embedding and head are 63% of its parameters and are not compressed, so decoding, which reads the head for every
-token, gains little here; [performance](performance.md) has a model of 1.1B whose decoder dominates.
+Prefill of 128 tokens and decoding, tokens a second over the dense model's, in turns with it in the same run. On a CPU,
+{threads} thread a run, two runs at a time, which makes single figures rough. Gemma's embedding and head are 63% of its
+parameters and are not compressed, so decoding, which reads the head for every token, gains little here;
+[performance](performance.md) has a model of 1.1B whose decoder dominates.
 
 """
 
@@ -75,19 +76,19 @@ def render(found: Sequence[Run]) -> str:
     )
     parts = [begin, markdown(losses(first)), RECOVERED, markdown(recovered(first))]
     for summary in (first, second):
-        parts += [section(make(summary, what)) for what in ("loss", "accuracy") for make in (coefficients, held_out)]
-    parts += [section(critical(first, "loss")), section(front(first)), CLAIMS, *claims(first)]
+        tables = [make(summary, what) for what in ("loss", "accuracy") for make in (coefficients, held_out)]
+        parts += [section(table, f"{summary.law}: ") for table in tables]
+    parts += [section(critical(first, "loss"), "v1: "), section(front(first)), CLAIMS, *claims(first)]
     parts += [ADVICE.format(file=RESULTS.name, unit=UNIT), *advice(found, some.dense_loss or 0.0)]
     threads = sorted({run.versions["threads"] for run in found if run.versions})
-    machine = f"On a CPU, {', '.join(threads)} thread a run, two runs at a time"
-    parts += [SPEED.format(prompt="128 tokens", machine=machine), markdown(speeds(first))]
+    parts += [SPEED.format(threads=", ".join(threads)), markdown(speeds(first))]
     return "".join(parts)
 
 
-def section(table: Table) -> str:
-    """A table under its title; nothing for one without rows."""
+def section(table: Table, of: str = "") -> str:
+    """A table under its title, which begins with `of`; nothing for one without rows."""
     note = f"\n{table.note}\n" if table.note else ""
-    return f"\n## {table.title}\n\n{markdown(table)}{note}" if table.rows else ""
+    return f"\n## {of}{table.title}\n\n{markdown(table)}{note}" if table.rows else ""
 
 
 def markdown(table: Table) -> str:
@@ -136,8 +137,11 @@ def gains(summary: Summary) -> list[tuple[Run, float]]:
 def recovered(summary: Summary) -> Table:
     plain = _plain(summary)
     lines: dict[tuple[str, str], list[str]] = {}
-    counts = sorted({run.recovery_tokens for run, _ in gains(summary)})
-    for run, gain in gains(summary):
+    found = sorted(
+        gains(summary), key=lambda pair: (summary.methods.index(pair[0].method), -(pair[0].keep_asked or 0.0))
+    )
+    counts = sorted({run.recovery_tokens for run, _ in found})
+    for run, gain in found:
         before = plain[run.method][run.keep_asked or 0.0]
         line = lines.setdefault((run.method, f"{run.keep_asked:g}"), [f"{before.loss:.3f}", *[""] * len(counts)])
         line[1 + counts.index(run.recovery_tokens)] = f"{run.loss:.3f} ({-gain:+.1%})"
