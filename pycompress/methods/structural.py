@@ -65,22 +65,22 @@ class StructuralConfig(ShrinkConfig, abstract=True):
 class Member:
     """One linear of a group: a writer, whose rows are the group's channels, or a reader, whose columns are.
 
-    `weight [N, K]`, `bias [N]` or None; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each
+    `weight [N, K]`; `units [U, C]` int64: the rows (of a writer) or columns (of a reader) that each
     unit covers, or `[S, U, C]` where S sets lose a unit each at a time. The others, float32, are there where the method
     needs them. `gram [K, K]`, `mean [K]`: of x xᵀ and x over the inputs. `saliency`: `|W ⊙ ∂loss/∂W|` summed over each
     row of a writer `[N]`, each column of a reader `[K]`, in nats. `covariance [N, N]`: of the loss's gradients by the
     outputs of a reader and of queries, in nats² over the output's unit squared.
-    `recorded [N, K]`: importance of each weight along training.
+    `recorded [N, K]`: importance of each weight along training. `bias [N]`: the linear's, if it has one.
     """
 
     weight: Tensor
     units: Tensor
-    bias: Tensor | None = None
     gram: Tensor | None = None
     mean: Tensor | None = None
     saliency: Tensor | None = None
     covariance: Tensor | None = None
     recorded: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
