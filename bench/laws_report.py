@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from pycompress import laws, runs
 from pycompress.laws.summary import Summary, Table, coefficients, critical, front, held_out, summarise
@@ -22,7 +23,7 @@ KEPT = {"without recovery": 0.57, "with recovery": 0.84}
 FASTER = {"large models": 0.60, "models up to 7B": 0.35}
 # Nats above the dense loss, and a speed-up of prefill, for which advice is shown.
 RISES = (0.5, 1.0)
-SPEEDUP = 2.0
+SPEEDUP = 2
 
 BEGIN = """# Compression laws of Gemma-3-270M
 
@@ -123,27 +124,25 @@ def speeds(summary: Summary) -> Table:
     )
 
 
-def gains(summary: Summary) -> list[tuple[Run, float]]:
-    """Each run with recovery, and the share of the loss without it that recovery took away."""
+def gains(summary: Summary) -> list[tuple[Run, float, float]]:
+    """Each run with recovery, the loss without it, and the share of that which recovery took away."""
     plain = _plain(summary)
     found = []
     for run in summary.finished:
         before = plain.get(run.method, {}).get(run.keep_asked or 0.0)
         if run.recovery_tokens and before is not None and run.loss is not None and before.loss is not None:
-            found.append((run, 1 - run.loss / before.loss))
+            found.append((run, before.loss, 1 - run.loss / before.loss))
     return found
 
 
 def recovered(summary: Summary) -> Table:
-    plain = _plain(summary)
     lines: dict[tuple[str, str], list[str]] = {}
     found = sorted(
-        gains(summary), key=lambda pair: (summary.methods.index(pair[0].method), -(pair[0].keep_asked or 0.0))
+        gains(summary), key=lambda gain: (summary.methods.index(gain[0].method), -(gain[0].keep_asked or 0.0))
     )
-    counts = sorted({run.recovery_tokens for run, _ in found})
-    for run, gain in found:
-        before = plain[run.method][run.keep_asked or 0.0]
-        line = lines.setdefault((run.method, f"{run.keep_asked:g}"), [f"{before.loss:.3f}", *[""] * len(counts)])
+    counts = sorted({run.recovery_tokens for run, _, _ in found})
+    for run, before, gain in found:
+        line = lines.setdefault((run.method, f"{run.keep_asked:g}"), [f"{before:.3f}", *[""] * len(counts)])
         line[1 + counts.index(run.recovery_tokens)] = f"{run.loss:.3f} ({-gain:+.1%})"
     columns = ("method", "keep", "no recovery", *(f"{count:,} tokens" for count in counts))
     return Table("Recovery", columns, tuple((*name, *cells) for name, cells in lines.items()), left=2)
@@ -155,7 +154,7 @@ def claims(summary: Summary) -> list[str]:
     plain = summarise([run for run in summary.finished if not run.recovery_tokens], summary.law, summary.unit)
     parts = [exponents(plain, "loss", "The loss rises quadratically with 1 + r: β is about 2.")]
     parts += [exponents(plain, "accuracy", "Accuracy falls linearly: β is about -1.")]
-    run, gain = max(gains(summary), key=lambda pair: pair[1])
+    run, _, gain = max(gains(summary), key=lambda found: found[2])
     most = max(run.recovery_tokens for run in summary.finished)
     parts.append(
         f"- *Recovery lowers the test loss by up to {GAIN:.0%}* (1M to 25M tokens). Here by up to {gain:.1%}: "
@@ -203,14 +202,13 @@ def faster(summary: Summary) -> str:
 
 def advice(found: Sequence[Run], dense: float) -> list[str]:
     """The answers for rises of the loss, in nats, and for a speed-up."""
-    asked: list[tuple[str, dict[str, float]]] = [
-        (f"--max-loss {dense + rise:.3f}", {"max_loss": round(dense + rise, 3)}) for rise in RISES
-    ]
-    asked.append((f"--min-speedup {SPEEDUP:g} --phase prefill", {"min_speedup": SPEEDUP}))
+    asked: list[dict[str, Any]] = [{"max_loss": round(dense + rise, 3)} for rise in RISES]
+    asked.append({"min_speedup": SPEEDUP, "phase": "prefill"})
     parts = []
-    for said, limits in asked:
+    for limits in asked:
+        said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in limits.items())
         try:
-            answer = str(laws.advise(found, unit=UNIT, phase="prefill" if "phase" in said else "decode", **limits))
+            answer = str(laws.advise(found, unit=UNIT, **limits))
         except ValueError as error:
             answer = str(error)
         parts.append(f"\n`{said}`:\n\n```\n{answer}\n```\n")

@@ -270,8 +270,8 @@ class Pruning:
                 saliency = weight_saliency(self.model, blocks(self.model), sample, weights, progress)
             else:
                 felt = [*READERS, *([self.sizes[0].holder("q")] if "attention" in self.config.parts else [])]
-                names = [self._name(block, role) for block in range(len(self.sizes)) for role in felt]
-                covariance = loss_covariance(self.model, blocks(self.model), sample, names, progress)
+                read = [self._name(block, role) for block in range(len(self.sizes)) for role in felt]
+                covariance = loss_covariance(self.model, blocks(self.model), sample, read, progress)
         reads = {"gram", "mean"} & set(self.method.needs)
         stream = self._stream() if reads else None
         if self.method.learn is not None:
