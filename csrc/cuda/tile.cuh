@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ptx.cuh"
+
 namespace pycompress::cuda {
 
 enum class Storage { FLOAT, INT8, INT4 };
@@ -73,41 +75,6 @@ __device__ inline uint4 load16(const void *from, int bytes, bool aligned) {
     kept[i] = left >= 4 ? kept[i] : left <= 0 ? 0 : kept[i] & ((1u << (8 * left)) - 1);
   }
   return {kept[0], kept[1], kept[2], kept[3]};
-}
-
-// Of a kernel launched while the one before it still runs: nothing that kernel wrote is read before this, and nothing
-// is written. Then the next kernel may come.
-__device__ inline void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
-__device__ inline void multiply(__nv_bfloat16, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
-}
-
-__device__ inline void multiply(__half, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
-}
-
-__device__ inline void multiply_tf32(float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
-}
-
-__device__ inline uint32_t to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
 }
 
 // What TF32 keeps of two floats, and what it keeps of the rest.

@@ -1,0 +1,284 @@
+"""The CUDA kernels' numbers where there is no GPU: the same source, compiled for the host, run thread by thread.
+
+tests/cuda_on_host stands in for the CUDA runtime and for the PTX instructions. What it cannot show is speed, and what
+depends on threads that run at the same time: `make gpu` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pycompress import storage
+
+triton = pytest.importorskip("triton", reason="the CUDA headers come with Triton")
+
+ROOT = Path(__file__).parents[1]
+STAND_INS = Path(__file__).parent / "cuda_on_host"
+HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+# An address not aligned, a shift too far or an index outside a local array stops the kernel.
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-w"]
+LAUNCH = re.compile(r"(\w+<\w+>)<<<(.+?)>>>\((.+?)\);")
+PAGE = 4096
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+SHARED_LINEAR = [
+    *("x", "weight", "factor", "labels", "channels", "bias", "weight_scales", "factor_scales", "parts", "y"),
+    *("tokens", "inputs", "outputs", "k", "r", "dtype", "storage", "wide_indices", "share_input", "stream"),
+]
+SPARSE24_LINEAR = [
+    *("x", "values", "positions", "bias", "parts", "y"),
+    *("tokens", "inputs", "outputs", "dtype", "stream"),
+]
+FLAGS_OF_A_LAYER = {"wide_indices", "share_input"}
+
+
+def _arguments(name: str, fields: list[str]) -> type[ctypes.Structure]:
+    """The struct of a launcher's arguments: pointers up to y, then ints and flags, and a stream."""
+    kinds: dict[str, Any] = dict.fromkeys(fields[: fields.index("y") + 1], ctypes.c_void_p)
+    kinds |= dict.fromkeys(FLAGS_OF_A_LAYER, ctypes.c_bool) | {"stream": ctypes.c_void_p}
+    members = [(field, kinds.get(field, ctypes.c_int)) for field in fields]
+    return type(name, (ctypes.Structure,), {"_fields_": members})
+
+
+STRUCTS = {
+    "shared_linear": _arguments("SharedLinearArgs", SHARED_LINEAR),
+    "sparse24_linear": _arguments("Sparse24LinearArgs", SPARSE24_LINEAR),
+}
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The sources of csrc/cuda as a library for this machine, with the stand-ins in place of what only a GPU has."""
+    if not shutil.which("g++"):
+        pytest.skip("the kernels are compiled for the host by g++, which is not here")
+    if not (HEADERS / "cuda_bf16.h").exists():
+        pytest.skip(f"this Triton brings no cuda_bf16.h: {HEADERS}")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    for file in (ROOT / "csrc" / "cuda").iterdir():
+        if not (STAND_INS / file.name).exists():
+            text = LAUNCH.sub(r"on_host::launch(\2, [&] { \1(\3); });", file.read_text())
+            assert "<<<" not in text, file
+            (folder / file.name).with_suffix({".cu": ".cpp"}.get(file.suffix, file.suffix)).write_text(text)
+    sources = sorted(str(file) for place in (folder, STAND_INS) for file in place.glob("*.cpp"))
+    library = folder / "kernels.so"
+    includes = ["-I", str(STAND_INS), "-I", str(folder), "-isystem", str(HEADERS)]
+    command = ["g++", *FLAGS, *includes, "-shared", *sources, "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(library))
+    for name in STRUCTS:
+        getattr(loaded, name).restype = ctypes.c_char_p
+        getattr(loaded, f"{name}_parts").restype = ctypes.c_int64
+    loaded.on_host_pages.restype = ctypes.c_void_p
+    return loaded
+
+
+class Guarded:
+    """An array between pages that may not be touched: at the end of its own, or `skip` bytes after their start."""
+
+    def __init__(self, kernels: ctypes.CDLL, tensor: Tensor, skip: int | None) -> None:
+        self.kernels, self.tensor, self.bytes = kernels, tensor, tensor.numel() * tensor.element_size()
+        self.room = -(-(self.bytes + (skip or 0)) // PAGE) * PAGE
+        self.pages = kernels.on_host_pages(ctypes.c_size_t(self.room))
+        assert self.pages, "no pages"
+        self.address = self.pages + (self.room - self.bytes if skip is None else skip)
+        ctypes.memmove(self.address, tensor.data_ptr(), self.bytes)
+
+    def take(self) -> Tensor:
+        """The numbers, from which the pages are gone."""
+        ctypes.memmove(self.tensor.data_ptr(), self.address, self.bytes)
+        self.kernels.on_host_free(ctypes.c_void_p(self.pages), ctypes.c_size_t(self.room))
+        return self.tensor
+
+
+Call = Callable[..., Tensor]
+
+
+@pytest.fixture
+def call(kernels: ctypes.CDLL) -> Call:
+    """Runs an op on tensors at the end of their pages, at their start and an element after it: y, the same thrice."""
+
+    def once(op: str, skip: bool | None, processors: int, tensors: dict[str, Tensor | None], sizes: dict) -> Tensor:
+        kernels.on_host_device(processors, 9 if processors > 50 else 8)
+        present = {name: t.clone() for name, t in tensors.items() if t is not None}
+        # Only the parts are the caller's own, and are never moved.
+        arrays = {
+            name: Guarded(kernels, t, 0 if skip and name == "parts" else skip and t.element_size())
+            for name, t in present.items()
+        }
+        addresses = {name: array.address for name, array in arrays.items()}
+        error = getattr(kernels, op)(ctypes.byref(STRUCTS[op](**addresses, **sizes)))
+        taken = {name: array.take() for name, array in arrays.items()}
+        assert error is None, error.decode()
+        for name, tensor in tensors.items():
+            if name not in ("parts", "y") and tensor is not None:
+                assert torch.equal(taken[name], tensor), f"{name} was written"
+        return taken["y"]
+
+    def run(op: str, tensors: dict[str, Tensor | None], processors: int = 1, **sizes: Any) -> Tensor:
+        x = tensors["x"]
+        assert x is not None
+        counts = [sizes[name] for name in ("tokens", "k", "r") if name in sizes] + [sizes["outputs"]]
+        parts = getattr(kernels, f"{op}_parts")(*counts[:3])
+        written = {
+            "parts": torch.full((parts,), torch.nan),
+            "y": torch.full((sizes["tokens"], sizes["outputs"]), torch.nan, dtype=x.dtype),
+        }
+        sizes["dtype"] = DTYPES.index(x.dtype)
+        first, *others = (once(op, skip, processors, tensors | written, sizes) for skip in (None, False, True))
+        for other in others:
+            assert torch.equal(first, other), "the result depends on where the arrays start"
+        return first
+
+    return run
+
+
+def _check(y: Tensor, exact: np.ndarray) -> None:
+    tolerance = 1e-5 if y.dtype == torch.float32 else 2 * torch.finfo(y.dtype).eps
+    assert np.linalg.norm(y.double().numpy() - exact) <= tolerance * np.linalg.norm(exact)
+
+
+def _normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _drawn(shape: tuple[int, int], stored: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A random matrix as it is stored, its scales, and what it stands for in float64."""
+    if stored == "float":
+        matrix = _normal(*shape, seed=seed, dtype=dtype)
+        return matrix, None, matrix.double()
+    low, high = storage.RANGE[stored]
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+    scales = ((0.5 + torch.rand(storage.scales_shape(*shape, stored), generator=generator)) / high).to(dtype)
+    of_column = [column // storage.GROUP if stored == "int4" else 0 for column in range(shape[1])]
+    return storage.pack(codes, stored), scales, codes.double() * scales.double()[:, of_column]
+
+
+Layer = tuple[dict[str, Tensor | None], np.ndarray]
+
+
+def _shared_layer(
+    share: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, pivoted: bool, wide: bool, stored: str
+) -> Layer:
+    """What a shared-channel layer stores, and the matrix that it stands for."""
+    outputs, inputs, k, r = sizes
+    channels, across = (outputs, inputs) if share == "output" else (inputs, outputs)
+    index = torch.int32 if wide else torch.int16
+    shapes = [(k + r, across), (channels - r * pivoted, r)]
+    weight, factor = (
+        _drawn(shape if share == "output" else shape[::-1], stored, dtype, seed) for seed, shape in enumerate(shapes)
+    )
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(2)) if pivoted else torch.arange(channels)
+    labels = torch.randint(0, max(k, 1), (channels,), generator=torch.Generator().manual_seed(3))
+    rows, coefficients = (m[2].numpy() if share == "output" else m[2].numpy().T for m in (weight, factor))
+    identity = np.eye(r)[: r * pivoted]
+    whole = np.empty((channels, r))
+    whole[order.numpy()] = np.concatenate([identity, coefficients])
+    dense = whole @ rows[k:] + (rows[:k][labels.numpy()] if k else 0)
+    tensors = {
+        "weight": weight[0],
+        "factor": factor[0],
+        "weight_scales": weight[1],
+        "factor_scales": factor[1],
+        "labels": labels.to(index) if k else None,
+        "channels": order.to(index) if pivoted else None,
+    }
+    return tensors, dense if share == "output" else dense.T
+
+
+# N, K, k, r: rows and columns of whole tiles and of none, no clusters, no rank, a rank that is folded first, columns
+# for several splits.
+SIZES = [(64, 128, 16, 8), (63, 201, 9, 5), (50, 64, 0, 16), (33, 130, 40, 0), (70, 90, 3, 261), (45, 1100, 9, 5)]
+# Those of int4 have rows of whole blocks, some of half a group.
+PACKED = [
+    ("int8", (63, 201, 9, 5)),
+    ("int8", (45, 1100, 9, 5)),
+    ("int4", (45, 96, 32, 32)),
+    ("int4", (40, 2080, 0, 32)),
+]
+FORMS = [
+    (share, stored, sizes, pivoted)
+    for share in ("output", "input")
+    for stored, sizes in [*(("float", sizes) for sizes in SIZES), *PACKED]
+    for pivoted in (False, True)
+    if not pivoted or sizes[3] <= sizes[share == "input"]  # as many pivots as the rank, of N or K channels
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("share", "stored", "sizes", "pivoted"), FORMS)
+def test_shared_linear_agrees_with_float64(
+    share: str, stored: str, sizes: tuple[int, int, int, int], pivoted: bool, dtype: torch.dtype, call: Call
+) -> None:
+    outputs, inputs, k, r = sizes
+    layer, dense = _shared_layer(share, sizes, dtype, pivoted, outputs % 2 == 0, stored)
+    tokens, processors = (1, 100) if stored != "float" else (3, 100) if inputs > 1000 else (18, 1)
+    x, bias = _normal(tokens, inputs, seed=4, dtype=dtype) / 8, _normal(outputs, seed=5, dtype=dtype)
+    y = call(
+        "shared_linear",
+        layer | {"x": x, "bias": bias if outputs % 2 else None},
+        processors,
+        tokens=tokens,
+        inputs=inputs,
+        outputs=outputs,
+        k=k,
+        r=r,
+        storage=["float", "int8", "int4"].index(stored),
+        wide_indices=outputs % 2 == 0,
+        share_input=share == "input",
+    )
+    _check(y, x.double().numpy() @ dense.T + (bias.double().numpy() if outputs % 2 else 0))
+
+
+def _sparse_layer(outputs: int, inputs: int, dtype: torch.dtype) -> Layer:
+    """Values and positions of a random 2:4 matrix, and the matrix."""
+    generator = np.random.default_rng(outputs + inputs)
+    values = _normal(outputs, inputs // 2, dtype=dtype)
+    kept = np.sort(generator.random((outputs, inputs // 4, 4)).argsort(-1)[..., :2])
+    dense = np.zeros((outputs, inputs // 4, 4))
+    np.put_along_axis(dense, kept, values.double().numpy().reshape(kept.shape), -1)
+    nibbles = kept[..., 0] | kept[..., 1] << 2
+    positions = torch.from_numpy(nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+    return {"values": values, "positions": positions}, dense.reshape(outputs, inputs)
+
+
+# Columns of less than one chunk, of parts of a lane's share and of several splits; rows of whole tiles and of none.
+@dtypes
+@pytest.mark.parametrize("inputs", [8, 72, 256, 1112])
+@pytest.mark.parametrize(("outputs", "tokens"), [(1, 1), (16, 3), (32, 16), (35, 1), (45, 16), (78, 2)])
+def test_sparse24_linear_agrees_with_float64(
+    outputs: int, tokens: int, inputs: int, dtype: torch.dtype, call: Call
+) -> None:
+    layer, dense = _sparse_layer(outputs, inputs, dtype)
+    x, bias = _normal(tokens, inputs, seed=1, dtype=dtype), _normal(outputs, seed=2, dtype=dtype)
+    tensors = layer | {"x": x, "bias": bias if tokens != 3 else None}
+    sizes = {"tokens": tokens, "inputs": inputs, "outputs": outputs}
+    exact = x.double().numpy() @ dense.T + (bias.double().numpy() if tokens != 3 else 0)
+    for processors in {1, 100 if inputs > 1000 else 1}:
+        _check(call("sparse24_linear", tensors, processors, **sizes), exact)
+
+
+def test_what_a_kernel_cannot_take_is_an_error(kernels: ctypes.CDLL) -> None:
+    arguments = STRUCTS["sparse24_linear"](tokens=17, inputs=8, outputs=1)
+    assert kernels.sparse24_linear(ctypes.byref(arguments)) == b"invalid argument"
+
+
+def test_a_read_outside_the_arrays_is_found(kernels: ctypes.CDLL, call: Call) -> None:
+    layer, _ = _sparse_layer(32, 64, torch.bfloat16)
+    sizes = {"tokens": 1, "inputs": 64, "outputs": 33}
+    with pytest.raises(AssertionError, match="an address outside the arrays"):
+        call("sparse24_linear", layer | {"x": _normal(1, 64, dtype=torch.bfloat16), "bias": None}, 1, **sizes)
