@@ -28,7 +28,7 @@ STAND_INS = Path(__file__).parent / "cuda_on_host"
 HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 # An address not aligned, a shift too far or an index outside a local array stops the kernel.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-w"]
-LAUNCH = re.compile(r"(\w+<\w+>)<<<(.+?)>>>\((.+?)\);")
+LAUNCH = re.compile(r"(\w+<[\w, ]+>)<<<(.+?)>>>\((.+?)\);")
 PAGE = 4096
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,20 +105,28 @@ class Guarded:
 
 
 Call = Callable[..., Tensor]
+Place = Callable[[str, Tensor], "int | None"]
+# The parts are made by the caller and always start on 16 bytes.
+PLACES: list[Place] = [
+    lambda name, tensor: None,
+    lambda name, tensor: 0,
+    lambda name, tensor: tensor.element_size() * (tensor.is_floating_point() and name != "parts"),
+    lambda name, tensor: tensor.element_size() * (not tensor.is_floating_point()),
+]
 
 
 @pytest.fixture
 def call(kernels: ctypes.CDLL) -> Call:
-    """Runs an op on tensors at the end of their pages, at their start and an element after it: y, the same thrice."""
+    """Runs an op on tensors at the end of their pages, at the start, and some of them an element after it: one y.
 
-    def once(op: str, skip: bool | None, processors: int, tensors: dict[str, Tensor | None], sizes: dict) -> Tensor:
-        kernels.on_host_device(processors, 9 if processors > 50 else 8)
+    Threads take turns in their order and backwards.
+    """
+
+    def once(op: str, place: Place, processors: int, tensors: dict[str, Tensor | None], sizes: dict) -> Tensor:
+        backwards = PLACES.index(place) % 2 == 1
+        kernels.on_host_device(processors, 9 if processors > 50 else 8, backwards)
         present = {name: t.clone() for name, t in tensors.items() if t is not None}
-        # Only the parts are the caller's own, and are never moved.
-        arrays = {
-            name: Guarded(kernels, t, 0 if skip and name == "parts" else skip and t.element_size())
-            for name, t in present.items()
-        }
+        arrays = {name: Guarded(kernels, t, place(name, t)) for name, t in present.items()}
         addresses = {name: array.address for name, array in arrays.items()}
         error = getattr(kernels, op)(ctypes.byref(STRUCTS[op](**addresses, **sizes)))
         taken = {name: array.take() for name, array in arrays.items()}
@@ -138,9 +146,9 @@ def call(kernels: ctypes.CDLL) -> Call:
             "y": torch.full((sizes["tokens"], sizes["outputs"]), torch.nan, dtype=x.dtype),
         }
         sizes["dtype"] = DTYPES.index(x.dtype)
-        first, *others = (once(op, skip, processors, tensors | written, sizes) for skip in (None, False, True))
+        first, *others = (once(op, place, processors, tensors | written, sizes) for place in PLACES)
         for other in others:
-            assert torch.equal(first, other), "the result depends on where the arrays start"
+            assert torch.equal(first, other), "the result depends on where the arrays start, or on whose turn it is"
         return first
 
     return run
@@ -245,21 +253,25 @@ def test_shared_linear_agrees_with_float64(
 
 
 def _sparse_layer(outputs: int, inputs: int, dtype: torch.dtype) -> Layer:
-    """Values and positions of a random 2:4 matrix, and the matrix."""
+    """Values and positions of a random 2:4 matrix, stored 16 rows at a time, and the matrix."""
     generator = np.random.default_rng(outputs + inputs)
-    values = _normal(outputs, inputs // 2, dtype=dtype)
+    pairs = _normal(outputs, inputs // 4, 2, dtype=dtype)
     kept = np.sort(generator.random((outputs, inputs // 4, 4)).argsort(-1)[..., :2])
     dense = np.zeros((outputs, inputs // 4, 4))
-    np.put_along_axis(dense, kept, values.double().numpy().reshape(kept.shape), -1)
-    nibbles = kept[..., 0] | kept[..., 1] << 2
-    positions = torch.from_numpy(nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+    np.put_along_axis(dense, kept, pairs.double().numpy(), -1)
+    nibbles = torch.from_numpy(kept[..., 0] | kept[..., 1] << 2).to(torch.uint8)
+    codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    values, positions = (
+        torch.cat([tile.transpose(0, 1).flatten() for tile in rows.split(16)]).reshape(outputs, -1)
+        for rows in (pairs, codes)
+    )
     return {"values": values, "positions": positions}, dense.reshape(outputs, inputs)
 
 
-# Columns of less than one chunk, of parts of a lane's share and of several splits; rows of whole tiles and of none.
+# Columns of less than one chunk, of parts of one and of several splits; rows of whole tiles, of parts and of none.
 @dtypes
 @pytest.mark.parametrize("inputs", [8, 72, 256, 1112])
-@pytest.mark.parametrize(("outputs", "tokens"), [(1, 1), (16, 3), (32, 16), (35, 1), (45, 16), (78, 2)])
+@pytest.mark.parametrize(("outputs", "tokens"), [(1, 1), (16, 3), (32, 16), (35, 1), (45, 16), (78, 9)])
 def test_sparse24_linear_agrees_with_float64(
     outputs: int, tokens: int, inputs: int, dtype: torch.dtype, call: Call
 ) -> None:

@@ -225,7 +225,7 @@ def test_cuda_kernels_fit_and_multiply_on_tensor_cores(capability):
     architecture = f"sm_{capability}" + ("a" if capability == 90 else "")
     usage = dumped(pycompress._C.__file__, "-arch", architecture, "--dump-resource-usage")
     found = re.findall(r"Function (\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert len([name for name, *_ in found if "kernel" in name]) >= 27  # two of each of nine forms, one of three, folds
+    assert len([name for name, *_ in found if "kernel" in name]) >= 30  # two of each of nine forms and of three, folds
     for name, registers, stack, shared, local in found:
         assert int(stack) == int(local) == 0, name
         assert int(shared) <= 48 << 10, name

@@ -1,8 +1,11 @@
 // Few tokens through a 2:4 layer: the kept values and their positions are read once, put into their places in registers
 // and multiplied on tensor cores.
 //
-// A lane's share of one product is four consecutive columns of a row, which is one group. Where rows are too few to
-// fill the device, columns are split over blocks; their sums are then added in a fixed order, without atomics.
+// A lane's share of one product is four consecutive columns of a row, which is one group. The same group of four
+// consecutive rows is stored together, so that 16 bytes of a lane are all four rows' share of a product, and a warp's
+// are what is stored one after another; the products' rows are in that order, and their sums are put back into the
+// matrix's. Where rows are too few to fill the device, columns are split over blocks; their sums are then added in a
+// fixed order, without atomics.
 #include "sparse24.h"
 
 #include <cuda_runtime.h>
@@ -23,45 +26,74 @@ constexpr int DEPTH = sizeof(T) == 2 ? 3 : 2;
 template <class T>
 constexpr int DEPTH = 4;
 #endif
-// Columns of a lane's 16 bytes of values, and of the chunk of a row that four lanes share.
+constexpr int TILE = 16;  // rows stored together, but for the last ones
+// A lane takes four rows of a tile, and of a chunk one or two pairs of groups: 16 bytes a group, 32 of float32.
+constexpr int LANE_ROWS = 4, PAIR = 8;  // columns
 template <class T>
-constexpr int SPREAD = 2 * VECTOR<T>;
+constexpr int PAIRS = 4 / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int SPAN = 4 * SPREAD<T>;
+constexpr int SPAN = WARP / 8 * PAIRS<T> * PAIR;
 
-// Rows of values and of positions; n is a multiple of 8.
+// Values and positions of a lane's rows, which are those from `first` on of a tile's `rows`.
+template <class T>
+struct LaneRows {
+  const T *values;  // of the tile
+  const uint8_t *positions;
+  int rows, first, pairs;
+  bool whole;  // 16 rows on 16 bytes, and positions on 4
+
+  static constexpr int ROWS_OF_VECTOR = VECTOR<T> / 2, VECTORS_OF_GROUP = LANE_ROWS / ROWS_OF_VECTOR;
+  static constexpr int VECTORS = 2 * VECTORS_OF_GROUP;  // of a pair
+
+  __device__ uint4 load(int pair, int vector) const {
+    const int group = 2 * pair + vector / VECTORS_OF_GROUP;
+    const int row = first + vector % VECTORS_OF_GROUP * ROWS_OF_VECTOR;
+    const T *from = values + 2 * (group * rows + row);
+    if (pair >= pairs || row >= rows) return {0, 0, 0, 0};
+    if (whole) return *reinterpret_cast<const uint4 *>(from);
+    T found[VECTOR<T>];
+#pragma unroll
+    for (int i = 0; i < VECTOR<T>; ++i) found[i] = row + i / 2 < rows ? from[i] : T(0.0f);
+    return packed(found);
+  }
+  // A byte a row, with a nibble for each group of the pair.
+  __device__ uint32_t codes(int pair) const {
+    const uint8_t *from = positions + pair * rows + first;
+    if (pair >= pairs || first >= rows) return 0;
+    if (whole) return *reinterpret_cast<const uint32_t *>(from);
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i) found |= first + i < rows ? static_cast<uint32_t>(from[i]) << (8 * i) : 0;
+    return found;
+  }
+};
+
 template <class T>
 struct Rows24 {
   const T *values;
   const uint8_t *positions;
-  int end, n;
+  int end, n;  // n is a multiple of 8
   bool aligned;
 
-  __device__ bool has(int row, int column) const { return row < end && column < n; }
-  __device__ uint4 load(int row, int column) const {
-    if (!has(row, column)) return {0, 0, 0, 0};
-    const int64_t offset = (static_cast<int64_t>(row) * n + column) / 2;
-    return load16(values + offset, (n - column) / 2 * static_cast<int>(sizeof(T)), aligned);
-  }
-  // A nibble for each group of the lane's columns.
-  __device__ uint32_t codes(int row, int column) const {
-    if (!has(row, column)) return 0;
-    const uint8_t *at = positions + (static_cast<int64_t>(row) * n + column) / 8;
-    return SPREAD<T> > 8 && column + 8 < n ? at[0] | at[1] << 8 : at[0];
+  __device__ LaneRows<T> of_lane(int row) const {
+    const int tile = row / TILE, rows = min(TILE, end - tile * TILE);
+    const int64_t before = static_cast<int64_t>(tile) * TILE * n;
+    return {values + before / 2, positions + before / 8, rows, row % TILE, n / PAIR, aligned && rows == TILE};
   }
 };
 
-// The numbers that one product takes of a lane: of 16-bit floats a whole group, of float32 half of one.
+// The numbers that one product takes of a lane's row: of 16-bit floats a whole group, of float32 half of one.
 template <class T>
-__device__ uint2 spread(uint4 stored, uint32_t codes, int step) {
+__device__ uint2 spread(const uint4 (&stored)[4], const uint32_t (&codes)[PAIRS<T>], int row, int step) {
   if constexpr (sizeof(T) == 2) {
-    const uint32_t code = codes >> (4 * step), pair = word(stored, step);
+    const uint32_t code = codes[step / 2] >> (8 * row + 4 * (step % 2)), pair = word(stored[step], row);
     // A byte a column, which says what two bytes it takes: those of the first value, of the second or zeros.
     const uint32_t taken = 0x44444444u ^ 0x54u << (code & 3) * 8 ^ 0x76u << (code >> 2 & 3) * 8;
     return {__byte_perm(pair, 0, taken), __byte_perm(pair, 0, taken >> 16)};
   } else {
-    const uint32_t code = codes >> (4 * (step / 2)), column = 2 * (step % 2);
-    const uint32_t first = word(stored, step & ~1), second = word(stored, step | 1);
+    const uint32_t code = codes[0] >> (8 * row + 4 * (step / 2)), column = 2 * (step % 2);
+    const uint4 rows = stored[step / 2 * 2 + row / 2];
+    const uint32_t first = word(rows, row % 2 * 2), second = word(rows, row % 2 * 2 + 1);
     const auto at = [&](uint32_t c) { return c == (code & 3) ? first : c == (code >> 2 & 3) ? second : 0u; };
     return {at(column), at(column + 1)};
   }
@@ -77,53 +109,69 @@ struct Layer {
   int tokens;
 };
 
-// One row a place of `parts` [splits, tokens, rows], or of y where nothing is split.
-template <class T>
+// A token's numbers of 16 bytes.
+template <bool WHOLE, class T>
+__device__ uint4 load(const Inputs<T> &inputs, int token, int column) {
+  if (!WHOLE) return inputs.load(token, column);
+  if (token >= inputs.tokens || column >= inputs.n) return {0, 0, 0, 0};
+  return *reinterpret_cast<const uint4 *>(inputs.x + static_cast<int64_t>(token) * inputs.stride + column);
+}
+
+// One row a place of `parts` [splits, tokens, rows], or of y where nothing is split. WHOLE where every tile and every
+// token is: the paths for others, long as they are, are then not in the way of the loads.
+template <class T, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
   __shared__ float sums[WARPS][TOKENS][ROWS + 1];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, member = lane % 4;
   const int first_row = blockIdx.x * ROWS, split = blockIdx.y, splits = gridDim.y;
   const int chunks = ceil_div(p.rows.n, SPAN<T>), end = chunks * (split + 1) / splits;
+  LaneRows<T> rows = p.rows.of_lane(first_row + group * LANE_ROWS);
+  if (WHOLE) rows.whole = true;
   float part[2][TOKENS / 8][4] = {};
   for (int first = chunks * split / splits + warp; first < end; first += DEPTH<T> * WARPS) {
     uint4 stored[DEPTH<T>][4];
-    uint32_t codes[DEPTH<T>][4];
+    uint32_t codes[DEPTH<T>][PAIRS<T>];
 #pragma unroll
     for (int ahead = 0; ahead < DEPTH<T>; ++ahead) {
       const int chunk = first + ahead * WARPS;
-      const int column = chunk < end ? chunk * SPAN<T> + member * SPREAD<T> : p.rows.n;
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        stored[ahead][r] = p.rows.load(first_row + group + 8 * r, column);
-        codes[ahead][r] = p.rows.codes(first_row + group + 8 * r, column);
+      for (int i = 0; i < PAIRS<T>; ++i) {
+        const int pair = chunk < end ? (chunk * PAIRS<T> + i) * 4 + member : rows.pairs;
+#pragma unroll
+        for (int v = 0; v < rows.VECTORS; ++v) stored[ahead][i * rows.VECTORS + v] = rows.load(pair, v);
+        codes[ahead][i] = rows.codes(pair);
       }
     }
 #pragma unroll
     for (int ahead = 0; ahead < DEPTH<T>; ++ahead) {
-      const int chunk = first + ahead * WARPS, column = chunk * SPAN<T> + member * SPREAD<T>;
+      const int chunk = first + ahead * WARPS;
       if (chunk >= end) break;
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
+        // Two steps take 16 bytes of a token: of 16-bit floats those of a pair of groups, of float32 those of a group.
+        const int i = PAIRS<T> == 2 ? step / 2 : 0, skipped = PAIRS<T> == 2 ? 0 : step / 2 * VECTOR<T>;
+        const int column = ((chunk * PAIRS<T> + i) * 4 + member) * PAIR + skipped;
         uint2 tokens[TOKENS / 8];
 #pragma unroll
         for (int n = 0; n < TOKENS / 8; ++n) {
-          const uint4 numbers = p.inputs.load(group + 8 * n, column + step / 2 * VECTOR<T>);
+          const uint4 numbers = load<WHOLE>(p.inputs, group + 8 * n, column);
           tokens[n] = step % 2 ? uint2{numbers.z, numbers.w} : uint2{numbers.x, numbers.y};
         }
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const uint2 upper = spread<T>(stored[ahead][2 * m], codes[ahead][2 * m], step);
-          const uint2 lower = spread<T>(stored[ahead][2 * m + 1], codes[ahead][2 * m + 1], step);
+          const uint2 upper = spread<T>(stored[ahead], codes[ahead], 2 * m, step);
+          const uint2 lower = spread<T>(stored[ahead], codes[ahead], 2 * m + 1, step);
 #pragma unroll
           for (int n = 0; n < TOKENS / 8; ++n) multiply(T(), part[m][n], upper, lower, tokens[n]);
         }
       }
     }
   }
+  // Row `group` of product m is the lane's row 2m, and row `group + 8` the one after it.
 #pragma unroll
   for (int i = 0; i < 2 * TOKENS / 8 * 4; ++i) {
     const int m = i / (TOKENS / 2), n = i / 4 % (TOKENS / 8), at = i % 4;
-    sums[warp][8 * n + 2 * member + at % 2][16 * m + group + 8 * (at / 2)] = part[m][n][at];
+    sums[warp][8 * n + 2 * member + at % 2][group * LANE_ROWS + 2 * m + at / 2] = part[m][n][at];
   }
   __syncthreads();
   for (int i = threadIdx.x; i < ROWS * p.tokens; i += THREADS) {
@@ -157,8 +205,9 @@ cudaError_t run(const Sparse24LinearArgs &s) {
   if (error != cudaSuccess || !s.tokens || !s.outputs) return error;
   const auto *x = static_cast<const T *>(s.x), *values = static_cast<const T *>(s.values);
   const bool x_aligned = s.inputs % VECTOR<T> == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  const bool aligned = s.inputs % SPREAD<T> == 0 && reinterpret_cast<uintptr_t>(values) % 16 == 0;
-  const Layer<T> layer{{values, static_cast<const uint8_t *>(s.positions), s.outputs, s.inputs, aligned},
+  const auto *positions = static_cast<const uint8_t *>(s.positions);
+  const bool aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0 && reinterpret_cast<uintptr_t>(positions) % 4 == 0;
+  const Layer<T> layer{{values, positions, s.outputs, s.inputs, aligned},
                        {x, nullptr, s.tokens, s.inputs, s.inputs, false, x_aligned},
                        static_cast<const T *>(s.bias),
                        static_cast<float *>(s.parts),
@@ -168,7 +217,11 @@ cudaError_t run(const Sparse24LinearArgs &s) {
   const int tiles = ceil_div(s.outputs, ROWS), most = std::clamp(s.inputs / (SPAN<T> * WARPS), 1, MAX_SPLITS);
   const int splits = std::clamp(processors / tiles, 1, most);
   const auto stream = static_cast<cudaStream_t>(s.stream);
-  product_kernel<T><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
+  if (aligned && x_aligned && s.outputs % TILE == 0) {
+    product_kernel<T, true><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
+  } else {
+    product_kernel<T, false><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
+  }
   if (splits > 1) fold_kernel<T><<<ceil_div(s.tokens * s.outputs, THREADS), THREADS, 0, stream>>>(layer, splits);
   return cudaGetLastError();
 }

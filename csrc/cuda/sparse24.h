@@ -1,4 +1,8 @@
 // Few-token 2:4 linear on CUDA; includes no CUDA header, so that module.cpp needs none.
+//
+// Rows are stored 16 at a time. In a tile of r rows, 16 or at the end outputs % 16, the two values of row i and group g
+// of four columns are 2 (g r + i) and the one after it; the byte of positions of row i and groups 2b and 2b + 1 is
+// b r + i, with that of the even group in its low half.
 #pragma once
 
 #include <cstdint>

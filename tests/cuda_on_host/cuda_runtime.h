@@ -1,5 +1,5 @@
-// Stands in for CUDA's own: kernels run on the host, one block after another. The threads of a block take turns in a
-// fixed order, each until it waits for others.
+// Stands in for CUDA's own: kernels run on the host, one block after another. The threads of a block take turns in
+// their order or backwards, each until it waits for others.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -33,6 +33,7 @@ const std::function<void()> *body;
 int current, in_block;
 const char *failure;
 int processors, major_version;
+bool backwards;  // the turns, so that what one order hides the other shows
 
 void resume(int fiber) {
   current = fiber;
@@ -43,7 +44,7 @@ void resume(int fiber) {
 void take_turns() {
   const int from = current;
   for (int i = 1; i <= in_block; ++i) {
-    const int to = (from + i) % in_block;
+    const int to = (from + (backwards ? in_block - i : i)) % in_block;
     if (fibers[to].waits != Waits::FOR_NOBODY || fibers[to].ended) continue;
     resume(to);
     if (to != from) swapcontext(&fibers[from].context, &fibers[to].context);
@@ -84,8 +85,8 @@ void run_block() {
     fiber.context.uc_stack.ss_size = STACK;
     makecontext(&fiber.context, run_thread, 0);
   }
-  resume(0);
-  swapcontext(&launcher, &fibers[0].context);
+  resume(backwards ? in_block - 1 : 0);
+  swapcontext(&launcher, &fibers[current].context);
   for (int i = 0; i < in_block; ++i) {
     if (!failure && !fibers[i].ended) failure = "threads wait for others that have ended or wait elsewhere";
   }
@@ -137,8 +138,9 @@ void meet_warp(void *brought, void (*work)(void *const *)) {
 extern "C" {
 
 // A device of so many multiprocessors, on which nothing has failed yet.
-void on_host_device(int processors, int major) {
-  on_host::processors = processors, on_host::major_version = major, on_host::failure = nullptr;
+void on_host_device(int processors, int major, bool backwards) {
+  on_host::processors = processors, on_host::major_version = major;
+  on_host::backwards = backwards, on_host::failure = nullptr;
 }
 
 // Pages for so many bytes between two that may not be touched, full of ones: NaN in every float.
