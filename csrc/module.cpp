@@ -102,14 +102,15 @@ void sparse24_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t pos
       sparse_layer(x, values, positions, 0, bias, y, tokens, inputs, outputs, x_stride, dtype, threads));
 }
 
-// Rows that leave the values or hold more of them than there are columns.
+// Tiles that leave the values or hold more of them than they have places.
 void check_offsets(const int32_t *offsets, int64_t rows, int64_t columns, int64_t count) {
-  bool good = offsets[0] == 0 && offsets[rows] == count;
-  for (int64_t i = 0; i < rows; ++i)
-    good = good && offsets[i] <= offsets[i + 1] && offsets[i + 1] - offsets[i] <= columns;
+  const int64_t tiles = (rows + SPARSE_TILE - 1) / SPARSE_TILE, places = SPARSE_TILE * columns;
+  bool good = offsets[0] == 0 && offsets[tiles] == count;
+  for (int64_t i = 0; i < tiles; ++i)
+    good = good && offsets[i] <= offsets[i + 1] && offsets[i + 1] - offsets[i] <= places;
   if (good) return;
   throw std::out_of_range("offsets must rise from 0 to the number of values, " + std::to_string(count) +
-                          ", by at most the number of columns, " + std::to_string(columns) + ", a row");
+                          ", by at most " + std::to_string(places) + " for " + std::to_string(SPARSE_TILE) + " rows");
 }
 
 void bitmap_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t bitmap, std::uintptr_t offsets,

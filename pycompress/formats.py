@@ -169,7 +169,7 @@ class Sparse24:
 class Bitmap:
     """The weights that are not zero, `values [kept]`, and a bit for every weight; see `pycompress.sparse`.
 
-    `bitmap [N, 8 * ceil(K / 64)]` uint8, `offsets [N + 1]` int32.
+    `bitmap [N, 8 * ceil(K / 64)]` uint8, `offsets [ceil(N / 16) + 1]` int32.
     """
 
     values: Tensor

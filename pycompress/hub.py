@@ -47,11 +47,13 @@ from pycompress.skeleton import (
     resolve,
     slice_blocks,
 )
-from pycompress.sparse import kept_columns
+from pycompress.sparse import TILE, WORD, kept_entries, tile_offsets, untiled
 from pycompress.storage import CODES
 
 METHOD = "pycompress"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Formats whose tensors are stored otherwise than before.
+CHANGED_IN = {Sparse24.name: 3, Bitmap.name: 3}
 SPEC_FIELDS = {
     SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
     Rounded.name: {"bits", "scales", "shape"},
@@ -107,6 +109,12 @@ class PycompressConfig(QuantizationConfigMixin):
         self.modules = dict(modules or {})
         for name, spec in self.modules.items():
             _check_spec(name, spec)
+            changed = CHANGED_IN.get(spec["format"], 1)
+            if format_version < changed:
+                raise ValueError(
+                    f"{name} was saved in pycompress format version {format_version}, before {spec['format']} got its "
+                    f"order of version {changed}; compress the model again"
+                )
         self.blocks = copy.deepcopy(blocks)
         if blocks is not None:
             check_blocks(blocks)
@@ -396,12 +404,12 @@ def _broken(layer: nn.Module) -> Iterator[tuple[str, str]]:
         if bool(((codes & 3) >= codes >> 2).any()):
             yield "positions", "name two columns of every four, the first below the second"
     if isinstance(layer, BitmapLinear):
-        kept = kept_columns(layer.bitmap, 8 * layer.bitmap.shape[1])
-        starts = layer.offsets.long()
-        if bool(kept[:, layer.in_features :].any()):
+        kept = kept_entries(layer.bitmap)
+        starts = tile_offsets(kept)
+        if bool(untiled(kept, WORD)[:, layer.in_features :].any()):
             yield "bitmap", f"have no bit past column {layer.in_features - 1}"
-        if int(starts[0]) or int(starts[-1]) != len(layer.weight) or not torch.equal(starts.diff(), kept.sum(1)):
-            yield "offsets", "count the bits of each row of the bitmap"
+        if not torch.equal(layer.offsets.long(), starts) or int(starts[-1]) != len(layer.weight):
+            yield "offsets", f"count the bits of every {TILE} rows of the bitmap"
 
 
 register()

@@ -18,7 +18,7 @@ from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
 from pycompress.ops.sparse24_linear import kernel_in_use as sparse24_kernel
 from pycompress.ops.sparse24_linear import sparse24_linear
 from pycompress.ops.subnet_linear import subnet_linear
-from pycompress.sparse import bitmap_bytes, pack_bitmap, unpack_bitmap
+from pycompress.sparse import bitmap_bytes, pack_bitmap, tiles, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
 
 
@@ -196,7 +196,7 @@ class BitmapLinear(PrunedLinear):
         super().__init__(shape, (kept,), bias, **to)
         (n, k), device = shape, to.get("device")
         self.register_buffer("bitmap", torch.empty(n, bitmap_bytes(k), dtype=torch.uint8, device=device))
-        self.register_buffer("offsets", torch.empty(n + 1, dtype=torch.int32, device=device))
+        self.register_buffer("offsets", torch.empty(tiles(n) + 1, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return bitmap_linear(x, self.weight, self.bitmap, self.offsets, self.bias)

@@ -1,19 +1,27 @@
 """Matrices with zeros stored without them: two of every four columns, or a bit for every column.
 
-`sparse24`: of columns `4g .. 4g + 3` of a row two are kept. `values [N, K / 2]`; `positions [N, K / 8]` uint8 holds a
-nibble for each group, the even group's in the low half: the first column's offset within its group in bits 0 and 1, the
-second's in bits 2 and 3, the first below the second. 56.25% of the bytes of a matrix of 16-bit floats.
+Rows are stored 16 at a time, in the order in which a product reads them: a tile is what its rows have in some columns,
+then what they have in the next ones. The last tile may have fewer rows.
 
-`bitmap`: any columns are kept. `values [count]` row by row; `bitmap [N, 8 * ceil(K / 64)]` uint8 where bit `c % 8` of
-byte `c // 8` is set where column c is kept; `offsets [N + 1]` int32 where the values of each row start.
+`sparse24`: of columns `4g .. 4g + 3` of a row two are kept. `values [N, K / 2]` holds for each tile a pair for each of
+its rows, for the first group of columns, then for the next. `positions [N, K / 8]` uint8 likewise, a byte for two
+groups: a nibble each, the even group's in the low half, with the first column's offset within its group in bits 0 and 1
+and the second's in bits 2 and 3, the first below the second. 56.25% of the bytes of a matrix of 16-bit floats.
+
+`bitmap`: any columns are kept. `bitmap [N, 8 * ceil(K / 64)]` uint8 holds for each tile 8 bytes for each row, for the
+first 64 columns, then for the next; bit `c % 8` of byte `c // 8` of the 8 is set where column c of the 64 is kept.
+`values [count]` are in the order of the bits; `offsets [ceil(N / 16) + 1]` int32 where those of each tile start.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+TILE = 16
 GROUP = 4
 WORD = 64
 MOST_VALUES = torch.iinfo(torch.int32).max
@@ -55,41 +63,44 @@ def pack24(dense: Tensor) -> tuple[Tensor, Tensor]:
             f"row {row} has {int(kept[row, group].sum())} non-zeros in columns {GROUP * group} to "
             f"{GROUP * group + GROUP - 1}; a 2:4 matrix has at most two of every four: set the others to zero first"
         )
-    positions = codes[:, 0::2] | codes[:, 1::2] << 4
+    positions = tiled(codes[:, 0::2] | codes[:, 1::2] << 4, 1)
     return gather24(dense, positions), positions
 
 
 def unpack24(values: Tensor, positions: Tensor) -> Tensor:
     """The matrix `[N, K]`, in the dtype of `values [N, K / 2]`, that `pack24` packed. Differentiable in `values`."""
     kept = _pairs(positions)
-    return values.new_zeros(*kept.shape[:2], GROUP).scatter(-1, kept, values.reshape(kept.shape)).flatten(1)
+    pairs = untiled(values, 2).reshape(kept.shape)
+    return values.new_zeros(*kept.shape[:2], GROUP).scatter(-1, kept, pairs).flatten(1)
 
 
 def gather24(dense: Tensor, positions: Tensor) -> Tensor:
-    """The entries `[N, K / 2]` of `dense [N, K]` at the positions `[N, K / 8]`. Differentiable in `dense`."""
+    """The values `[N, K / 2]` of `dense [N, K]` at the positions `[N, K / 8]`. Differentiable in `dense`."""
     kept = _pairs(positions)
-    return dense.reshape(*kept.shape[:2], GROUP).gather(-1, kept).flatten(1)
+    return tiled(dense.reshape(*kept.shape[:2], GROUP).gather(-1, kept).flatten(1), 2)
 
 
 def _pairs(positions: Tensor) -> Tensor:
-    """The two offsets within each group, `[N, K / 4, 2]` int64."""
+    """The two offsets within each group of each row, `[N, K / 4, 2]` int64."""
+    positions = untiled(positions, 1)
     offsets = torch.stack([positions >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
     return offsets.reshape(len(positions), 2 * positions.shape[1], 2).long()
 
 
 def pack_bitmap(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values `[count]`, bitmap `[N, 8 * ceil(K / 64)]` uint8 and offsets `[N + 1]` int32 of `dense [N, K]`.
+    """Values `[count]`, bitmap `[N, 8 * ceil(K / 64)]` uint8 and offsets `[ceil(N / 16) + 1]` int32 of `dense [N, K]`.
 
     Fewer than 2^31 non-zeros, or `ValueError`. Differentiable in `dense`.
     """
     _check_matrix(dense)
+    dense = tiled(F.pad(dense, (0, -dense.shape[1] % WORD)), WORD)
     kept = dense.detach() != 0
-    offsets = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    offsets = tile_offsets(kept)
     if int(offsets[-1]) > MOST_VALUES:
         raise ValueError(
             f"{int(offsets[-1])} non-zeros are too many for one bitmap matrix (at most {MOST_VALUES}); split its rows"
         )
-    bits = F.pad(kept.to(torch.uint8), (0, -dense.shape[1] % WORD)).unflatten(1, (-1, 8))
+    bits = kept.to(torch.uint8).reshape(len(dense), dense.shape[1] // 8, 8)
     shifts = torch.arange(8, dtype=torch.uint8, device=dense.device)
     bitmap = (bits << shifts).sum(-1).to(torch.uint8)
     return dense[kept], bitmap, offsets.to(torch.int32)
@@ -100,8 +111,16 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, offsets: Tensor, columns: int)
 
     Differentiable in `values`. `offsets` is not read: the bits say as much.
     """
-    kept = kept_columns(bitmap, columns)
-    return torch.zeros_like(kept, dtype=values.dtype).masked_scatter(kept, values)
+    kept = kept_entries(bitmap)
+    dense = torch.zeros_like(kept, dtype=values.dtype).masked_scatter(kept, values)
+    return untiled(dense, WORD)[:, :columns].contiguous()
+
+
+def gather_bitmap(dense: Tensor, bitmap: Tensor, count: int) -> Tensor:
+    """The values `[count]` of `dense [N, K]` where the bits are set. Differentiable in `dense`."""
+    # How many entries a boolean index takes is not known to a compiler; `count` says it.
+    places = kept_entries(bitmap).flatten().nonzero_static(size=count).squeeze(1)
+    return tiled(F.pad(dense, (0, -dense.shape[1] % WORD)), WORD).flatten().index_select(0, places)
 
 
 def bitmap_bytes(columns: int) -> int:
@@ -109,11 +128,38 @@ def bitmap_bytes(columns: int) -> int:
     return 8 * -(-columns // WORD)
 
 
-def kept_columns(bitmap: Tensor, columns: int) -> Tensor:
-    """Which of the columns are kept, `[N, columns]` bool."""
+def kept_entries(bitmap: Tensor) -> Tensor:
+    """Which entries are kept, `[N, 64 * ceil(K / 64)]` bool, in the order of the bits."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-    bits = (bitmap[..., None] >> shifts & 1).flatten(1)
-    return bits[:, :columns].bool()
+    return (bitmap[..., None] >> shifts & 1).flatten(1).bool()
+
+
+def tiled(rows: Tensor, unit: int) -> Tensor:
+    """The entries of `rows [N, C]` in the order of the tiles, `[N, C]`; `unit` neighbours of a row stay together."""
+    return _order_tiles(rows, lambda part: part.unflatten(2, (part.shape[2] // unit, unit)))
+
+
+def untiled(entries: Tensor, unit: int) -> Tensor:
+    """The rows `[N, C]` whose entries `tiled` put in order."""
+    return _order_tiles(entries, lambda part: part.reshape(len(part), part.shape[2] // unit, part.shape[1], unit))
+
+
+def _order_tiles(matrix: Tensor, units: Callable[[Tensor], Tensor]) -> Tensor:
+    """The whole tiles `[tiles, TILE, C]` and the rows of the last one, each with two axes of `units` exchanged."""
+    whole = len(matrix) // TILE
+    parts = matrix[: whole * TILE].unflatten(0, (whole, TILE)), matrix[whole * TILE :][None]
+    return torch.cat([units(part).transpose(1, 2).reshape(part.shape).flatten(0, 1) for part in parts])
+
+
+def tile_offsets(kept: Tensor) -> Tensor:
+    """How many entries are kept before each tile and in all, `[ceil(N / 16) + 1]` int64, of `kept_entries`."""
+    counts = F.pad(kept.sum(1), (0, -len(kept) % TILE)).unflatten(0, (tiles(len(kept)), TILE)).sum(1)
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def tiles(rows: int) -> int:
+    """In how many tiles so many rows are stored."""
+    return -(-rows // TILE)
 
 
 def _check_matrix(dense: Tensor) -> None:

@@ -319,7 +319,11 @@ def damaged(saved, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=3), r"format version 3, .* up to 2; upgrade it"),
+        (lambda c: c.update(format_version=4), r"format version 4, .* up to 3; upgrade it"),
+        (
+            lambda c: c.update(format_version=2, modules={Q: {"format": "sparse24", "shape": [64, 64]}}),
+            "format version 2, before sparse24 got its order of version 3; compress the model again",
+        ),
         (lambda c: c.update(format_version="x"), "format version x"),
         (lambda c: c.update(surprise=1), "unknown fields .*: surprise"),
         (lambda c: c["modules"][Q].update(format="holographic"), "in format 'holographic', .* knows shared_channels"),

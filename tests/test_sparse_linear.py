@@ -60,14 +60,14 @@ FORMS = [
         pack24,
         sparse24_linear,
         "sparse24_linear",
-        ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096), (523, 72)),
+        ((64, 128), (63, 1000), (5, 8), (33, 72), (17, 1096), (1040, 72), (523, 72)),
     ),
     Form(
         any_zeros,
         pack_bitmap,
         bitmap_linear,
         "bitmap_linear",
-        ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100), (523, 70)),
+        ((64, 128), (63, 1000), (5, 7), (33, 65), (17, 1100), (1040, 65), (523, 70)),
     ),
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
@@ -191,12 +191,12 @@ def test_gradients_are_those_of_finite_differences(form: Form) -> None:
 
 @each_form
 def test_gradients_of_float32_are_those_of_the_dense_formula(level: str, form: Form) -> None:
-    dense, bias = exactly_two_of_four(63, 104, torch.float32), draw(63).requires_grad_()
-    values, *places = form.pack(dense)
-    x, whole, values = draw(20, 104).requires_grad_(), dense.double().requires_grad_(), values.requires_grad_()
-    exact = torch.autograd.grad(F.linear(x.double(), whole, bias.double()).square().sum(), (x, whole, bias))
-    got = torch.autograd.grad(form.layer(x, values, *places, bias).square().sum(), (x, values, bias))
-    for ours, theirs in ((got[0], exact[0]), (got[1].flatten(), exact[1][dense != 0]), (got[2], exact[2])):
+    dense, bias = exactly_two_of_four(63, 104, torch.float32).requires_grad_(), draw(63).requires_grad_()
+    x, exact_dense = draw(20, 104).requires_grad_(), dense.detach().double().requires_grad_()
+    exact_y = F.linear(x.double(), exact_dense, bias.double())
+    exact = torch.autograd.grad(exact_y.square().sum(), (x, exact_dense, bias))
+    got = torch.autograd.grad(form.layer(x, *form.pack(dense), bias).square().sum(), (x, dense, bias))
+    for ours, theirs in ((got[0], exact[0]), (got[1], exact[1] * (dense != 0)), (got[2], exact[2])):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
@@ -242,8 +242,8 @@ def test_wrong_bitmap_input_is_named() -> None:
     x, (values, bitmap, offsets) = torch.zeros(2, 70), pack_bitmap(torch.ones(7, 70))
     with pytest.raises(TypeError, match=r"offsets must be int32, got torch\.int64"):
         bitmap_linear(x, values, bitmap, offsets.long())
-    with pytest.raises(ValueError, match=r"offsets \[N \+ 1\], got \[490\], \[7, 16\] and \[7\]"):
-        bitmap_linear(x, values, bitmap, offsets[:7])
+    with pytest.raises(ValueError, match=r"offsets \[ceil\(N / 16\) \+ 1\], got \[490\], \[7, 16\] and \[1\]"):
+        bitmap_linear(x, values, bitmap, offsets[:1])
     with pytest.raises(ValueError, match=r"x of 64 features needs a bitmap of 8 bytes a row, got 16"):
         bitmap_linear(x[:, :64], values, bitmap, offsets)
     with pytest.raises(ValueError, match=r"bias must be \[7\]"):
@@ -252,9 +252,9 @@ def test_wrong_bitmap_input_is_named() -> None:
 
 @pytest.mark.skipif(_ext.C is None, reason=f"no native module: {_ext.why}")
 def test_offsets_that_leave_the_values_are_refused() -> None:
-    x, (values, bitmap, offsets) = torch.zeros(2, 70), pack_bitmap(torch.ones(7, 70))
-    for row, wrong in ((0, 1), (3, -1), (3, 300), (7, 491)):
+    x, (values, bitmap, offsets) = torch.zeros(2, 70), pack_bitmap(torch.ones(50, 70))
+    for tile, wrong in ((0, 1), (2, -1), (2, 3000), (4, 3501)):
         changed = offsets.clone()
-        changed[row] = wrong
-        with pytest.raises(IndexError, match="offsets must rise from 0 to the number of values, 490"):
+        changed[tile] = wrong
+        with pytest.raises(IndexError, match="to the number of values, 3500, by at most 1120 for 16 rows"):
             bitmap_linear(x, values, bitmap, changed)

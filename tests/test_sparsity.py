@@ -208,7 +208,7 @@ def test_bytes_are_those_of_the_formats():
     half = torch.ones(16, 64, dtype=torch.bfloat16)
     half[:, ::2] = 0
     assert pack_zeros(half, of_four=True).nbytes == 16 * 64 * 2 * 0.5625
-    assert pack_zeros(half).nbytes == 16 * 32 * 2 + 16 * 8 + 17 * 4
+    assert pack_zeros(half).nbytes == 16 * 32 * 2 + 16 * 8 + 2 * 4
     assert isinstance(pack_zeros(half[:, :60], of_four=True), Bitmap)  # 2:4 wants columns in multiples of 8
     assert str(pack_zeros(half)) == "50% zeros, run dense: bitmap pays from 70% zeros on the CPU"
     assert str(pack_zeros(half, of_four=True)) == "2:4 packed"
@@ -348,8 +348,8 @@ def test_state_dicts_go_from_one_pruned_model_to_another(tiny_model):
     [
         ("2:4", "positions", lambda t: t.fill_(0), "must name two columns of every four"),
         ("2:4", "positions", None, r"lack .*positions"),
-        ("bitmap", "bitmap", lambda t: t.fill_(255), "must count the bits of each row"),
-        ("bitmap", "offsets", lambda t: t.add_(1), "must count the bits of each row"),
+        ("bitmap", "bitmap", lambda t: t.fill_(255), "must count the bits of every 16 rows"),
+        ("bitmap", "offsets", lambda t: t.add_(1), "must count the bits of every 16 rows"),
         ("dense", "bitmap", None, r"lack .*bitmap"),
     ],
 )

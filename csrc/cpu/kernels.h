@@ -81,11 +81,13 @@ struct SubnetLinearArgs {
   int threads;
 };
 
+constexpr int64_t SPARSE_TILE = 16;  // rows that are stored together
+
 struct SparseLinearArgs {  // pycompress/sparse.py
   const void *x;           // [tokens, inputs], rows x_stride apart
-  const void *values;      // sparse24: [outputs, inputs / 2]; bitmap: all that are kept, row by row
+  const void *values;      // sparse24: [outputs, inputs / 2]; bitmap: all that are kept
   const uint8_t *kept;     // sparse24: positions [outputs, inputs / 8]; bitmap: bits [outputs, 8 * ceil(inputs / 64)]
-  const int32_t *offsets;  // bitmap: where the values of each row start, [outputs + 1]; sparse24: null
+  const int32_t *offsets;  // bitmap: where the values of each tile start, [tiles + 1]; sparse24: null
   const void *bias;        // [outputs] or null
   void *y;                 // [tokens, outputs]
   int64_t tokens, inputs, outputs, x_stride;

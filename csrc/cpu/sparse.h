@@ -1,5 +1,5 @@
-// Matrices stored without their zeros (pycompress/sparse.py): which columns of a row are kept, and products of rows
-// with a few vectors, for which values are expanded or, where that is cheaper, the vectors' elements are looked up.
+// Matrices stored without their zeros, TILE rows at a time in the order in which products read them
+// (pycompress/sparse.py), and their products with a few vectors.
 #pragma once
 
 #include "dot.h"
@@ -8,9 +8,9 @@
 
 namespace pycompress::PYCOMPRESS_LEVEL {
 
-constexpr int64_t WORD = 64;           // columns that are expanded together
-constexpr int64_t LINE_OF_BITS = 512;  // columns whose bits, or positions, are a cache line
-constexpr int64_t FEW_VECTORS = 32;    // the most that rows are multiplied with, each read once for four of them
+constexpr int64_t TILE = SPARSE_TILE;
+constexpr int64_t WORD = 64;         // columns that are expanded together
+constexpr int64_t FEW_VECTORS = 32;  // the most that rows are multiplied with, each read once for four of them
 
 // WORD columns of a row in registers.
 struct Columns {
@@ -108,9 +108,21 @@ Columns expand_ordered(const T *values, uint64_t kept) {
 }
 #endif
 
-// Two of every four columns.
+// Rows of which a part, or all, are stored together; `first` is a multiple of TILE.
+struct Tile {
+  int64_t first, rows;
+};
+
+inline Tile tile_of(int64_t row, int64_t rows) {
+  const int64_t first = row - row % TILE;
+  return {first, least(TILE, rows - first)};
+}
+
+// Two of every four columns: the pairs of a tile's rows for one group of columns, then those for the next; bytes of
+// positions, each of two groups, likewise.
 template <class T>
 struct Sparse24 {
+  using Order = Natural;  // of a vector's elements
   const T *values;
   const uint8_t *positions;
   int64_t rows, size;
@@ -118,29 +130,34 @@ struct Sparse24 {
   explicit Sparse24(const SparseLinearArgs &s)
       : values(static_cast<const T *>(s.values)), positions(s.kept), rows(s.outputs), size(s.inputs) {}
 
-  const uint8_t *word_at(int64_t row, int64_t column) const { return positions + (row * size + column) / 8; }
-  uint64_t word(int64_t row, int64_t column) const { return read(word_at(row, column), least(WORD, size - column)); }
-  // A bit for each of the `count` next columns, at most WORD, that is kept.
-  static uint64_t read(const uint8_t *from, int64_t count) {
-    constexpr uint64_t ONES = 0x1111111111111111;  // a bit a group
-    uint64_t codes = 0;
-    if (count == WORD) std::memcpy(&codes, from, sizeof codes);
-    for (int64_t i = 0; count < WORD && i < count / 8; ++i) codes |= static_cast<uint64_t>(from[i]) << 8 * i;
-    const uint64_t a = codes, b = codes >> 1, c = codes >> 2, d = codes >> 3;  // bits of the first and of the second
-    const uint64_t kept = (ONES & ~(a | b)) | (ONES & ((a & ~b) | (c & ~d))) << 1 |
-                          (ONES & ((b & ~a) | (d & ~c))) << 2 | (ONES & c & d) << 3;
-    return count < WORD ? kept & ((uint64_t{1} << count) - 1) : kept;
+  Tile tile(int64_t row) const { return tile_of(row, rows); }
+
+  // Room for what a tile of fewer than TILE rows lacks.
+  struct Room {
+    T pairs[2 * TILE] = {};
+    uint8_t codes[TILE] = {};
+  };
+  // The pairs of a tile's rows, [TILE, 2], for the group at `column`, and the bytes for that and the next group.
+  template <bool whole>
+  const T *pairs(const Tile &tile, int64_t column, Room &room) const {
+    const T *from = values + tile.first * size / 2 + (whole ? column * (TILE / 2) : column / 2 * tile.rows);
+    if (whole) return from;
+    std::memcpy(room.pairs, from, 2 * tile.rows * sizeof(T));
+    return room.pairs;
   }
-  // The values from that of the first kept column at or behind `column` on.
-  const T *start(int64_t row, int64_t column = 0) const { return values + (row * size + column) / 2; }
-  static int64_t count(uint64_t) { return WORD / 2; }  // of a word's values
-  // Whether fewer than WORD values follow a row's own.
-  bool near_end(int64_t row) const { return (rows - row - 1) * size < 2 * WORD; }
+  template <bool whole>
+  const uint8_t *codes(const Tile &tile, int64_t column, Room &room) const {
+    const uint8_t *from = positions + tile.first * size / 8 + (whole ? column * (TILE / 8) : column / 8 * tile.rows);
+    if (whole) return from;
+    std::memcpy(room.codes, from, tile.rows);
+    return room.codes;
+  }
 };
 
-// Any columns.
+// Any columns: the words of a tile's rows for WORD columns, then those for the next; values in that order.
 template <class T>
 struct Bitmap {
+  using Order = Ordered<T>;
   const T *values;
   const uint8_t *bits;
   const int32_t *offsets;
@@ -154,132 +171,136 @@ struct Bitmap {
         size(s.inputs),
         bytes(round_up(s.inputs, WORD) / 8) {}
 
-  const uint8_t *word_at(int64_t row, int64_t column) const { return bits + row * bytes + column / 8; }
-  uint64_t word(int64_t row, int64_t column) const { return read(word_at(row, column), WORD); }
-  static uint64_t read(const uint8_t *from, int64_t) {
-    uint64_t found;
-    std::memcpy(&found, from, sizeof found);
-    return found;
-  }
-  const T *start(int64_t row) const { return values + offsets[row]; }
-  static int64_t count(uint64_t kept) { return __builtin_popcountll(kept); }
-  bool near_end(int64_t row) const { return offsets[rows] - offsets[row + 1] < WORD; }
-};
-
-#ifdef __AVX512F__
-// The elements of a vector that the values of a 2:4 row belong to: those of 32 columns are two registers.
-template <class T>
-struct LookUp24 {
-  using X = float;
-  static constexpr int64_t UNIT = 64;
-  static constexpr int TOGETHER = 8;
-  struct Loaded {
-    Vec::reg values[2];
-    __m512i columns[2];
-  };
-  const Sparse24<T> &w;
-
-  const void *at(int64_t row, int64_t p) const { return w.start(row, p); }
-  Loaded load(int64_t row, int64_t p) const {
-    if (p % LINE_OF_BITS == 0) __builtin_prefetch(w.word_at(row + TOGETHER, p));
-    return pair(w.start(row, p), w.word_at(row, p));
-  }
-  Loaded load(int64_t row, int64_t p, int64_t count) const {
-    T values[UNIT / 2] = {};
-    uint8_t positions[UNIT / 8] = {};
-    std::memcpy(values, w.start(row, p), count / 2 * sizeof(T));
-    std::memcpy(positions, w.word_at(row, p), count / 8);
-    return pair(values, positions);
-  }
-  static Vec::reg step(Vec::reg sum, const Loaded &loaded, const float *x) {
-    for (int i = 0; i < 2; ++i, x += 32) {
-      const Vec::reg chosen = _mm512_permutex2var_ps(Vec::load(x), loaded.columns[i], Vec::load(x + 16));
-      sum = Vec::fmadd(loaded.values[i], chosen, sum);
-    }
-    return sum;
-  }
-
- private:
-  static Loaded pair(const T *values, const uint8_t *positions) {
-    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-    Loaded loaded;
-    for (int i = 0; i < 2; ++i) {
-      int32_t codes;
-      std::memcpy(&codes, positions + 4 * i, sizeof codes);
-      const __m512i offsets = _mm512_srlv_epi32(_mm512_set1_epi32(codes), shifts);
-      loaded.values[i] = Vec::load(values + 16 * i);
-      loaded.columns[i] = _mm512_ternarylogic_epi32(offsets, _mm512_set1_epi32(3), groups, 0xea);  // (a & b) | c
-    }
-    return loaded;
+  Tile tile(int64_t row) const { return tile_of(row, rows); }
+  const uint8_t *words(const Tile &tile) const { return bits + tile.first * bytes; }
+  const T *start(const Tile &tile) const { return values + offsets[tile.first / TILE]; }
+  // Whether fewer than WORD values follow a tile's own.
+  bool near_end(const Tile &tile) const {
+    return offsets[(rows + TILE - 1) / TILE] - offsets[tile.first / TILE + 1] < WORD;
   }
 };
 
-#endif
-
-// Rows that are expanded as they are read.
-template <class M, bool exact>
-struct Expanded {
-  using X = float;
-  static constexpr int TOGETHER = 4;  // two pointers a row
-  const M &w;
-};
-
-template <int R, int VECTORS, class M, bool exact>
-inline void dot_rows(const Expanded<M, exact> &rows, int64_t row, const Vectors<float> &x, float *out, int64_t stride) {
-  const M &w = rows.w;
-  Vec::reg sums[R][VECTORS];
-  decltype(w.start(0)) next[R];
-  const uint8_t *words[R];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = Vec::zero();
-    next[i] = w.start(row + i);
-    words[i] = w.word_at(row + i, 0);
-  }
-  // To the rows after these, which are too short for the hardware to follow.
-  const int64_t ahead = w.start(least(row + R, w.rows - 1)) - next[0];
-  for (int64_t p = 0; p < x.size; p += WORD) {
-    for (int i = 0; i < R && p % LINE_OF_BITS == 0; ++i) __builtin_prefetch(w.word_at(row + i + R, p));
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      __builtin_prefetch(next[i] + ahead);
-      const uint64_t kept = M::read(words[i] + p / 8, least(WORD, x.size - p));
-      const Columns columns = expand_ordered<exact>(next[i], kept);
-      next[i] += M::count(kept);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = columns.add_product(sums[i][v], x.data + v * x.stride + p);
-    }
-  }
-  store_products<R, VECTORS>(sums, out, stride);
+inline uint64_t word_at(const uint8_t *from) {
+  uint64_t found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
 }
 
-// Products of rows with a few vectors, out[vector * out_stride + row], and how those vectors are prepared.
-template <class M>
-struct ByExpansion {
-  template <class T>
-  using Order = Ordered<T>;
-
-  static void dot(const M &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
-    if (rows.end > rows.begin && w.near_end(rows.end - 1)) return dot_all(Expanded<M, true>{w}, rows, x, out, stride);
-    dot_all(Expanded<M, false>{w}, rows, x, out, stride);
+// Products with V vectors of B registers of rows, those from `skipped` on of the tiles from `tile` on: the elements
+// that a row takes of a vector are chosen in registers, a lane a row.
+template <int B, int V, bool whole, class T>
+inline void dot_lanes(const Sparse24<T> &w, const Tile &tile, int64_t skipped, const Vectors<float> &x, float *out,
+                      int64_t stride) {
+  constexpr int64_t W = Vec::width, STEP = 8;
+  constexpr int64_t AHEAD = 48 * TILE * 2;  // values that are asked for before they are needed
+  constexpr int CHAINS = V == 1 ? 2 : 1;    // sums that are added to in turns
+  typename Sparse24<T>::Room room;
+  Vec::reg sums[B][V][CHAINS];
+  for (auto &block : sums)
+    for (auto &vector : block)
+      for (auto &sum : vector) sum = Vec::zero();
+  for (int64_t p = 0; p < w.size; p += STEP) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const Tile at{tile.first + (skipped + b * W) / TILE * TILE, tile.rows};
+      const int64_t lane = (skipped + b * W) % TILE;
+      const uint8_t *codes = w.template codes<whole>(at, p, room) + lane;
+      if (whole) __builtin_prefetch(codes + AHEAD / 4);
+      const Vec::numbers places = Vec::load_bytes(codes);
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; ++g) {
+        const T *pairs = w.template pairs<whole>(at, p + 4 * g, room) + 2 * lane;
+        if (whole) __builtin_prefetch(pairs + AHEAD);
+        Vec::reg first, second;
+        Vec::load_alternate(pairs, first, second);
+        const Vec::numbers of_first = Vec::shift(places, 4 * g), of_second = Vec::shift(places, 4 * g + 2);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const Vec::reg four = Vec::repeat_four(x.data + v * x.stride + p + 4 * g);
+          auto &chains = sums[b][v];
+          chains[0] = Vec::fmadd(first, Vec::choose(four, of_first), chains[0]);
+          chains[CHAINS - 1] = Vec::fmadd(second, Vec::choose(four, of_second), chains[CHAINS - 1]);
+        }
+      }
+    }
   }
-};
-
-template <class M>
-struct Products : ByExpansion<M> {};
-
-#ifdef __AVX512F__
-template <class T>
-struct Products<Sparse24<T>> {
-  template <class>
-  using Order = Natural;
-
-  static void dot(const Sparse24<T> &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
-    dot_all(LookUp24<T>{w}, rows, x, out, stride);
+#pragma GCC unroll 4
+  for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const auto &chains = sums[b][v];
+      Vec::store(out + v * stride + b * W, V == 1 ? Vec::add(chains[0], chains[CHAINS - 1]) : chains[0]);
+    }
   }
-};
-#endif
+}
+
+// Rows [begin, end), of which the first starts a tile; `out` has room for whole registers.
+template <int B, int V, class T>
+void dot_range(const Sparse24<T> &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
+  constexpr int64_t W = Vec::width;
+  const int64_t whole = rows.end - rows.end % TILE;
+  int64_t i = rows.begin;
+  for (; i + B * W <= whole; i += B * W) dot_lanes<B, V, true>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
+  for (; i < whole; i += W) dot_lanes<1, V, true>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
+  for (; i < rows.end; i += W) dot_lanes<1, V, false>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
+}
+
+// Products with V vectors of the rows of a tile, of which `count` are known to the compiler or not.
+template <int V, bool exact, class T, class Count>
+inline void dot_tile(const Bitmap<T> &w, const Tile &tile, Count count, const Vectors<float> &x, float *out,
+                     int64_t stride) {
+  constexpr int64_t AHEAD = 1024;  // values, and bytes of words, that are asked for before they are needed
+  Vec::reg sums[TILE][V];
+  for (auto &row : sums)
+    for (auto &sum : row) sum = Vec::zero();
+  const T *next = w.start(tile);
+  const uint8_t *words = w.words(tile);
+  for (int64_t p = 0; p < x.size; p += WORD) {
+    for (int64_t line = 0; line < TILE * WORD / 8; line += 64) __builtin_prefetch(words + AHEAD + line);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i, words += WORD / 8) {
+      __builtin_prefetch(next + AHEAD);
+      const uint64_t kept = word_at(words);
+      const Columns columns = expand_ordered<exact>(next, kept);
+      next += __builtin_popcountll(kept);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[i][v] = columns.add_product(sums[i][v], x.data + v * x.stride + p);
+    }
+  }
+  for (int64_t i = 0; i < count; i += 4) {
+    for (int v = 0; v < V; ++v) {
+      Vec::store_sums(out + v * stride + i, sums[i][v], sums[i + 1][v], sums[i + 2][v], sums[i + 3][v]);
+    }
+  }
+}
+
+template <int, int V, class T>
+void dot_range(const Bitmap<T> &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
+  using Whole = std::integral_constant<int64_t, TILE>;
+  for (int64_t i = rows.begin; i < rows.end; i += TILE, out += TILE) {
+    const Tile tile = w.tile(i);
+    if (w.near_end(tile)) {
+      dot_tile<V, true>(w, tile, tile.rows, x, out, stride);
+    } else {
+      dot_tile<V, false>(w, tile, Whole(), x, out, stride);
+    }
+  }
+}
+
+// Products of rows [begin, end) with all vectors, four at a time; out[v * stride] is row `begin`, a tile's first.
+template <class M>
+void dot_tiles(const M &w, Range rows, Vectors<float> x, float *out, int64_t stride) {
+  for (; x.count > 0; x.data += 4 * x.stride, x.count -= 4, out += 4 * stride) {
+    if (x.count == 1) {
+      dot_range<4, 1>(w, rows, x, out, stride);
+    } else if (x.count == 2) {
+      dot_range<2, 2>(w, rows, x, out, stride);
+    } else if (x.count == 3) {
+      dot_range<2, 3>(w, rows, x, out, stride);
+    } else {
+      dot_range<2, 4>(w, rows, x, out, stride);
+    }
+  }
+}
 
 }  // namespace pycompress::PYCOMPRESS_LEVEL

@@ -12,12 +12,11 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 namespace sparse {
 
-constexpr int64_t TILE = 16;           // rows that stay in the second-level cache while all tokens use them
+constexpr int64_t CHUNK = 4 * TILE;    // rows that stay in the second-level cache while all tokens use them
 constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
 
 constexpr int MOST = Vec::width == 16 ? 8 : 4;  // registers of tokens that a value is multiplied with
 constexpr int64_t ROWS = 512;                   // rows whose sums for them stay in the second-level cache
-constexpr int64_t AHEAD = 8;                    // rows, in which a cache line comes
 
 template <class T, class Weight>
 struct Layer {
@@ -34,74 +33,154 @@ struct Layer {
 
 template <class T, class Weight>
 void few_tokens(const Layer<T, Weight> &layer) {
-  using Product = Products<Weight>;
-  using Order = typename Product::template Order<T>;
   const SparseLinearArgs &s = layer.s;
   const int64_t stride = padded(s.inputs);
   float *x = scratch(Slot::wide, s.tokens * stride);
-  for (int64_t t = 0; t < s.tokens; ++t) Order::prepare(layer.x + t * s.x_stride, s.inputs, x + t * stride);
+  for (int64_t t = 0; t < s.tokens; ++t) Weight::Order::prepare(layer.x + t * s.x_stride, s.inputs, x + t * stride);
   const int threads = static_cast<int>(least(s.threads, s.outputs * s.inputs / MIN_WORK + 1));
 #pragma omp parallel num_threads(threads)
   {
     const Range range = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
-    for (int64_t from = range.begin; from < range.end; from += TILE) {
-      float products[FEW_VECTORS * TILE];
-      const int64_t count = least(TILE, range.end - from);
-      Product::dot(layer.weight, {from, from + count}, {x, s.tokens, s.inputs, stride}, products, TILE);
-      for (int64_t t = 0; t < s.tokens; ++t) layer.finish(t, from, count, products + t * TILE);
+    for (int64_t from = range.begin; from < range.end; from += CHUNK) {
+      float products[FEW_VECTORS * CHUNK];
+      const int64_t count = least(CHUNK, range.end - from);
+      dot_tiles(layer.weight, {from, from + count}, {x, s.tokens, s.inputs, stride}, products, CHUNK);
+      for (int64_t t = 0; t < s.tokens; ++t) layer.finish(t, from, count, products + t * CHUNK);
     }
   }
 }
 
-// sums [R registers] += the values of one WORD of a row, each times its column of x [WORD, R registers].
+// Sums of R registers of tokens, to which values are added times their columns of x [., R registers].
 template <int R>
-void add_word(const float *values, uint64_t kept, const float *x, float *sums) {
-  constexpr int64_t W = Vec::width;
-  Vec::reg even[R], odd[R];  // two sums, for additions to follow each other without waiting
+struct Sums {
+  Vec::reg parts[2][R];  // two sums, for additions to follow each other without waiting
+
+  explicit Sums(const float *sums) {
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) even[i] = Vec::load(sums + i * W), odd[i] = Vec::zero();
-  const auto add_next = [&](Vec::reg *to) {
-    const float *column = x + __builtin_ctzll(kept) * R * W;
-    const Vec::reg value = Vec::set1(*values++);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) to[i] = Vec::fmadd(value, Vec::load(column + i * W), to[i]);
-    kept &= kept - 1;
-  };
-  while (kept) {
-    add_next(even);
-    if (kept) add_next(odd);
+    for (int i = 0; i < R; ++i) parts[0][i] = Vec::load(sums + i * Vec::width), parts[1][i] = Vec::zero();
   }
+  void add(int part, Vec::reg value, const float *column) {
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) Vec::store(sums + i * W, Vec::add(even[i], odd[i]));
-}
-
-// add_word by the number of registers less one.
-template <std::size_t... I>
-constexpr auto adders(std::index_sequence<I...>) {
-  return std::array{&add_word<static_cast<int>(I) + 1>...};
-}
-constexpr auto ADDERS = adders(std::make_index_sequence<MOST>());
-
-// sums [rows, width] = the rows times `width` tokens, x [inputs, width].
-template <bool exact, class Weight>
-void add_rows(const Weight &w, Range rows, const float *x, int64_t width, float *sums) {
-  const auto add = ADDERS[width / Vec::width - 1];
-  const int64_t count = rows.end - rows.begin;
-  decltype(w.start(0)) next[ROWS + AHEAD];
-  for (int64_t i = 0; i < count + AHEAD; ++i) next[i] = w.start(least(rows.begin + i, rows.end - 1));
-  std::memset(sums, 0, count * width * sizeof(float));
-  for (int64_t p = 0; p < w.size; p += WORD) {
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(next[i + AHEAD]);
-      __builtin_prefetch(w.word_at(rows.begin + i + AHEAD, p));
-      const uint64_t kept = w.word(rows.begin + i, p);
-      const int64_t values = __builtin_popcountll(kept);
-      alignas(64) float wide[WORD];
-      widen_all(next[i], exact ? values : round_up(values, Vec::width), wide);
-      add(wide, kept, x + p * width, sums + i * width);
-      next[i] += values;
+    for (int i = 0; i < R; ++i) {
+      parts[part][i] = Vec::fmadd(value, Vec::load(column + i * Vec::width), parts[part][i]);
     }
   }
+  void store(float *sums) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) Vec::store(sums + i * Vec::width, Vec::add(parts[0][i], parts[1][i]));
+  }
+};
+
+// sums [rows, R registers] += the rows of a tile for the WORD columns from p on, times x [WORD, R registers].
+template <int R, class T>
+void add_word(const Bitmap<T> &w, const Tile &tile, int64_t p, const T *&next, const float *x, float *sums) {
+  constexpr int64_t W = R * Vec::width;
+  const uint8_t *words = w.words(tile) + p / 8 * tile.rows;
+  const bool near_end = w.near_end(tile);
+  __builtin_prefetch(words + TILE * WORD / 8);
+  for (int64_t i = 0; i < tile.rows; ++i, sums += W) {
+    uint64_t kept = word_at(words + i * WORD / 8);
+    const int64_t count = __builtin_popcountll(kept);
+    alignas(64) float values[WORD];
+    widen_all(next, near_end ? count : round_up(count, Vec::width), values);
+    Sums<R> sum(sums);
+    for (int64_t v = 0; v < count; v += Vec::width) {
+      Vec::Each each(Vec::load(values + v));
+      for (int64_t pair = v; pair < least(count, v + Vec::width); pair += 2) {
+        sum.add(0, each.next(), x + __builtin_ctzll(kept) * W);
+        kept &= kept - 1;
+        if (!kept) break;
+        sum.add(1, each.next(), x + __builtin_ctzll(kept) * W);
+        kept &= kept - 1;
+      }
+    }
+    sum.store(sums);
+    next += count;
+  }
+}
+
+// A tile's values for up to WORD columns as floats, by row: the first of each group and the second.
+struct WideTile {
+  static constexpr int64_t GROUPS = WORD / 4;
+  alignas(64) float firsts[TILE][GROUPS], seconds[TILE][GROUPS];
+  uint8_t codes[GROUPS / 2][TILE];
+
+  template <bool whole, class T>
+  void fill(const Sparse24<T> &w, const Tile &tile, int64_t p, int64_t groups) {
+    constexpr int64_t W = Vec::width;
+    typename Sparse24<T>::Room room;
+    for (int64_t g = 0; g < groups; g += 2) {
+      std::memcpy(codes[g / 2], w.template codes<whole>(tile, p + 4 * g, room), TILE);
+    }
+    for (int64_t from = 0; from < groups; from += W) {
+      for (int64_t i = 0; i < TILE; i += W) {
+        Vec::reg first[W], second[W];
+        for (int64_t g = 0; g < W; ++g) {
+          const int64_t column = p + 4 * least(from + g, groups - 1);
+          Vec::load_alternate(w.template pairs<whole>(tile, column, room) + 2 * i, first[g], second[g]);
+        }
+        Vec::transpose(first);
+        Vec::transpose(second);
+        for (int64_t row = 0; row < W; ++row) {
+          Vec::store(firsts[i + row] + from, first[row]);
+          Vec::store(seconds[i + row] + from, second[row]);
+        }
+      }
+    }
+  }
+};
+
+template <int R, class T>
+void add_word(const Sparse24<T> &w, const Tile &tile, int64_t p, const float *x, float *sums) {
+  constexpr int64_t W = R * Vec::width;
+  const int64_t groups = least(WORD, w.size - p) / 4;
+  WideTile wide;
+  tile.rows == TILE ? wide.fill<true>(w, tile, p, groups) : wide.fill<false>(w, tile, p, groups);
+  for (int64_t i = 0; i < tile.rows; ++i, sums += W) {
+    Sums<R> sum(sums);
+    for (int64_t from = 0; from < groups; from += Vec::width) {
+      Vec::Each first(Vec::load(wide.firsts[i] + from)), second(Vec::load(wide.seconds[i] + from));
+      for (int64_t g = from; g < least(groups, from + Vec::width); g += 2) {
+        const int code = wide.codes[g / 2][i];
+        const float *columns = x + 4 * g * W;
+        sum.add(0, first.next(), columns + (code & 3) * W);
+        sum.add(1, second.next(), columns + (code >> 2 & 3) * W);
+        sum.add(0, first.next(), columns + (4 + (code >> 4 & 3)) * W);
+        sum.add(1, second.next(), columns + (4 + (code >> 6)) * W);
+      }
+    }
+    sum.store(sums);
+  }
+}
+
+// sums [rows, R registers] += the rows, of which the first starts a tile, times x [inputs, R registers].
+template <int R, class T>
+void add_rows(const Bitmap<T> &w, Range rows, const float *x, float *sums) {
+  constexpr int64_t W = R * Vec::width;
+  const T *next[ROWS / TILE];
+  for (int64_t i = rows.begin; i < rows.end; i += TILE) next[(i - rows.begin) / TILE] = w.start(w.tile(i));
+  for (int64_t p = 0; p < w.size; p += WORD) {
+    for (int64_t i = rows.begin; i < rows.end; i += TILE) {
+      add_word<R>(w, w.tile(i), p, next[(i - rows.begin) / TILE], x + p * W, sums + (i - rows.begin) * W);
+    }
+  }
+}
+
+template <int R, class T>
+void add_rows(const Sparse24<T> &w, Range rows, const float *x, float *sums) {
+  constexpr int64_t W = R * Vec::width;
+  for (int64_t p = 0; p < w.size; p += WORD) {
+    for (int64_t i = rows.begin; i < rows.end; i += TILE) {
+      add_word<R>(w, w.tile(i), p, x + p * W, sums + (i - rows.begin) * W);
+    }
+  }
+}
+
+// add_rows by the number of registers less one.
+template <template <class> class Weight, class T, std::size_t... I>
+constexpr auto adders(const Weight<T> &, std::index_sequence<I...>) {
+  using Add = void (*)(const Weight<T> &, Range, const float *, float *);
+  return std::array<Add, sizeof...(I)>{&add_rows<static_cast<int>(I) + 1, T>...};
 }
 
 // Outputs of sums [rows, width], a column a token.
@@ -133,21 +212,19 @@ void many_tokens(const Layer<T, Weight> &layer) {
   const Weight &w = layer.weight;
   for (int64_t first = 0; first < s.tokens; first += MOST * W) {
     const int64_t count = least(MOST * W, s.tokens - first), width = round_up(count, W);
+    const auto add = adders(w, std::make_index_sequence<MOST>())[width / W - 1];
     float *x = scratch(Slot::wide, s.inputs * width);
 #pragma omp parallel num_threads(s.threads)
     {
       const Range columns = share_of(s.inputs, WORD, omp_get_thread_num(), omp_get_num_threads());
       pack_columns(tokens, first, columns.begin, columns.end - columns.begin, x + columns.begin * width, width);
 #pragma omp barrier
-      const Range all = share_of(s.outputs, W, omp_get_thread_num(), omp_get_num_threads());
+      const Range all = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
       float *sums = scratch(Slot::small, ROWS * width);
       for (int64_t from = all.begin; from < all.end; from += ROWS) {
         const Range rows{from, least(from + ROWS, all.end)};
-        if (w.near_end(rows.end - 1)) {
-          add_rows<true>(w, rows, x, width, sums);
-        } else {
-          add_rows<false>(w, rows, x, width, sums);
-        }
+        std::memset(sums, 0, (rows.end - rows.begin) * width * sizeof(float));
+        add(w, rows, x, sums);
         finish_rows(layer, rows, {first, first + count}, sums, width);
       }
     }

@@ -47,6 +47,38 @@ struct Vec {
     load_pair(padded, a, b);
   }
 
+  // Values that alternate: the first, third, … and the second, fourth, … of 16.
+  static void load_alternate(const Bf16 *p, reg &first, reg &second) { load_pair(p, first, second); }
+  template <class T>
+  static void load_alternate(const T *p, reg &first, reg &second) {
+    const reg low = load(p), high = load(p + 8);
+    first = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)), 0xd8));
+    second = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd)), 0xd8));
+  }
+
+  // Elements of a register one after another, each in all lanes.
+  class Each {
+   public:
+    explicit Each(reg all) : rest(all) {}
+    reg next() {
+      const reg one = _mm256_broadcastss_ps(_mm256_castps256_ps128(rest));
+      rest = _mm256_permutevar8x32_ps(rest, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
+      return one;
+    }
+
+   private:
+    reg rest;
+  };
+
+  // Of four floats, one for each lane: that which the low two bits of its number say.
+  using numbers = __m256i;
+  static numbers load_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+  }
+  static numbers shift(numbers v, int bits) { return _mm256_srli_epi32(v, bits); }
+  static reg repeat_four(const float *p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(p)); }
+  static reg choose(reg fours, numbers which) { return _mm256_permutevar_ps(fours, which); }
+
   // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
   static void load_int4(const uint8_t *p, float scale, reg *values) {
     const reg scales = set1(scale), least = set1(-8.0f * scale);

@@ -50,6 +50,39 @@ struct Vec {
     widen_bytes(_mm256_maskz_loadu_epi8((1u << count) - 1, p), a, b);
   }
 
+  // Values that alternate: the first, third, … and the second, fourth, … of 32.
+  static void load_alternate(const Bf16 *p, reg &first, reg &second) { load_pair(p, first, second); }
+  template <class T>
+  static void load_alternate(const T *p, reg &first, reg &second) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const reg low = load(p), high = load(p + 16);
+    first = _mm512_permutex2var_ps(low, even, high);
+    second = _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
+  }
+
+  // Elements of a register one after another, each in all lanes.
+  class Each {
+   public:
+    explicit Each(reg all) : rest(_mm512_castps_si512(all)) {}
+    reg next() {
+      const reg one = _mm512_broadcastss_ps(_mm512_castps512_ps128(_mm512_castsi512_ps(rest)));
+      rest = _mm512_alignr_epi32(rest, rest, 1);
+      return one;
+    }
+
+   private:
+    __m512i rest;
+  };
+
+  // Of four floats, one for each lane: that which the low two bits of its number say.
+  using numbers = __m512i;
+  static numbers load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  }
+  static numbers shift(numbers v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
+  static reg repeat_four(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  static reg choose(reg fours, numbers which) { return _mm512_permutevar_ps(fours, which); }
+
   // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
   static void load_int4(const uint8_t *p, float scale, reg *values) {
     const reg codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);

@@ -74,6 +74,38 @@ struct Vec {
     load_pair(padded, a, b);
   }
 
+  // Values that alternate: the first, third, … and the second, fourth, … of eight.
+  static void load_alternate(const Bf16 *p, reg &first, reg &second) { load_pair(p, first, second); }
+  template <class T>
+  static void load_alternate(const T *p, reg &first, reg &second) {
+    const reg low = load(p), high = load(p + 4);
+    first = reg{low[0], low[2], high[0], high[2]};
+    second = reg{low[1], low[3], high[1], high[3]};
+  }
+
+  // Elements of a register one after another, each in all lanes.
+  class Each {
+   public:
+    explicit Each(reg all) : rest(all) {}
+    reg next() {
+      const reg one = set1(rest[0]);
+      rest = reg{rest[1], rest[2], rest[3], rest[0]};
+      return one;
+    }
+
+   private:
+    reg rest;
+  };
+
+  // Of four floats, one for each lane: that which the low two bits of its number say.
+  typedef int32_t numbers __attribute__((vector_size(16)));
+  static numbers load_bytes(const uint8_t *p) { return numbers{p[0], p[1], p[2], p[3]}; }
+  static numbers shift(numbers v, int bits) { return v >> bits; }
+  static reg repeat_four(const float *p) { return load(p); }
+  static reg choose(reg four, numbers which) {
+    return reg{four[which[0] & 3], four[which[1] & 3], four[which[2] & 3], four[which[3] & 3]};
+  }
+
   // The 32 values of 16 bytes of int4 codes: low halves, then high halves, less 8, times the scale.
   static void load_int4(const uint8_t *p, float scale, reg *values) {
     for (int i = 0; i < 16; ++i) {

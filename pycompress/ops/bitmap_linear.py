@@ -1,6 +1,6 @@
 """Linear layer over a weight whose zeros, wherever they are, are not stored; the CPU never forms the dense weight.
 
-M tokens, N outputs, K inputs. `values [count]`, `bitmap [N, 8 * ceil(K / 64)]` and `offsets [N + 1]` as in
+M tokens, N outputs, K inputs. `values [count]`, `bitmap [N, 8 * ceil(K / 64)]` and `offsets [ceil(N / 16) + 1]` as in
 `pycompress.sparse`.
 """
 
@@ -82,9 +82,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     grad_x = grad @ sparse.unpack_bitmap(values, bitmap, offsets, inputs) if ctx.needs_input_grad[0] else None
     grad_values = None
     if ctx.needs_input_grad[1]:
-        # How many entries a boolean index takes is not known to a compiler; the values say it.
-        places = sparse.kept_columns(bitmap, inputs).flatten().nonzero_static(size=len(values)).squeeze(1)
-        grad_values = (rows.T @ x.reshape(-1, inputs)).flatten().index_select(0, places)
+        grad_values = sparse.gather_bitmap(rows.T @ x.reshape(-1, inputs), bitmap, len(values))
     grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
     return grad_x, grad_values, None, None, grad_bias
 
@@ -96,8 +94,8 @@ def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bi
     """`F.linear(x, unpack_bitmap(values, bitmap, offsets, K), bias)`, without the dense weight on the CPU.
 
     `x [..., K]`, any layout, float32, bfloat16 or float16; `values [count]` and `bias [N]` of its dtype; `bitmap
-    [N, 8 * ceil(K / 64)]` uint8, zero past bit K; `offsets [N + 1]` int32, which agree with the bits. Gives `[..., N]`
-    in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`.
+    [N, 8 * ceil(K / 64)]` uint8, zero past bit K; `offsets [ceil(N / 16) + 1]` int32, which agree with the bits. Gives
+    `[..., N]` in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`.
     Differentiable in x, values and bias. Raises ValueError on sizes that do not fit, TypeError on dtypes, and on the
     CPU IndexError on offsets that leave the values.
     """
@@ -106,10 +104,10 @@ def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bi
     inputs = x.shape[-1] if x.dim() else 0
     if offsets.dtype != torch.int32:
         raise TypeError(f"offsets must be int32, got {offsets.dtype}")
-    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (len(bitmap) + 1,):
+    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (sparse.tiles(len(bitmap)) + 1,):
         raise ValueError(
-            f"values must be [count], bitmap [N, bytes] and offsets [N + 1], got {list(values.shape)}, "
-            f"{list(bitmap.shape)} and {list(offsets.shape)}"
+            f"values must be [count], bitmap [N, bytes] and offsets [ceil(N / {sparse.TILE}) + 1], got "
+            f"{list(values.shape)}, {list(bitmap.shape)} and {list(offsets.shape)}"
         )
     if bitmap.shape[1] != sparse.bitmap_bytes(inputs):
         raise ValueError(
