@@ -123,14 +123,14 @@ saw. MLP channels alone, then key-value heads too. Dense: {dense}.
 Rows = dict[str, dict[str, Any]]
 
 
-def number(value: float | None) -> str:
-    """A perplexity as a reader wants it: two decimals up to a thousand, no more than its size beyond a million."""
+def number(value: float | None, decimals: int = 2) -> str:
+    """A perplexity as a reader wants it: a few decimals up to a thousand, no more than its size beyond a million."""
     if value is None:
         return ""
-    return f"{value:.2f}" if value < 1e3 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
+    return f"{value:.{decimals}f}" if value < 1e3 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
 
 
-def table(head: list[str], lines: dict[str, list[float | None]], best_of: str | None) -> str:
+def table(head: list[str], lines: dict[str, list[float | None]], best_of: str | None, decimals: int = 2) -> str:
     """A Markdown table; the best of each "column", or of each "line", in bold."""
     written = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     columns = list(zip(*lines.values(), strict=True))
@@ -139,7 +139,8 @@ def table(head: list[str], lines: dict[str, list[float | None]], best_of: str | 
         for place, value in enumerate(values):
             rivals = {"column": columns[place], "line": values, None: ()}[best_of]
             best = value is not None and value == min((r for r in rivals if r is not None), default=None)
-            cells.append(f"**{number(value)}**" if best else number(value))
+            text = number(value, decimals)
+            cells.append(f"**{text}**" if best else text)
         written.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(written) + "\n"
 

@@ -26,8 +26,8 @@ PAGE_TEXT = """# Weights along training
 
 `PYCOMPRESS_DATA=folder {command}` trains a GPT-2 of 6 blocks and width 384 ({parameters:.1f}M parameters) on
 tinyshakespeare with a `TrajectoryTracker`, prunes all linears of its blocks at each rate by each score, and records the
-loss on held-out text in `bench/results/{file}`; `make performance` renders this page from there. Training: {training},
-seeds {seeds}; loss in nats a character, means over the seeds; dense {dense:.4f}.
+loss on held-out text in `bench/results/{file}`; `make performance` renders this page from there.
+Training: {training} characters, seeds {seeds}; loss in nats a character, means over the seeds; dense {dense:.3f}.
 
 {table}
 ![Loss over pruning rate](img/{plot})
@@ -38,8 +38,9 @@ What arXiv:2502.17071 says of its importance, on these models:
 - *A sharp rise beyond* {second}
 - *Moderate pruning lowers the loss* {third}
 
-A record takes {record:.1f} ms, a training step {step:.0f} ms: one record in {every} steps takes {overhead:.2%} of the
-time. The records of a running sum take {record_mb:.1f} MB beside {weight_mb:.1f} MB of weights.
+A record takes {record:.1f} ms, a training step {step:.0f} ms, so a record every {every} steps takes {overhead:.2%} of
+the time and one in every step {each:.1%}. The records of a running sum take {record_mb:.1f} MB beside {weight_mb:.1f} MB
+of weights.
 """
 
 Rows = dict[str, dict[str, Any]]
@@ -103,7 +104,7 @@ def render(content: dict[str, Any]) -> str:
         seeds=", ".join(rows),
         parameters=any_row["parameters"] / 1e6,
         dense=mean["dense"],
-        table=table(["score", *(f"{rate:.0%}" for rate in rates)], lines, "column"),
+        table=table(["score", *(f"{rate:.0%}" for rate in rates)], lines, "column", decimals=3),
         moderate=MODERATE,
         first=first_claim(rows, rates),
         second=second_claim(rows, rates),
@@ -112,6 +113,7 @@ def render(content: dict[str, Any]) -> str:
         step=1e3 * mean["step_seconds"],
         every=any_row["every"],
         overhead=mean["record_seconds"] / any_row["every"] / mean["step_seconds"],
+        each=mean["record_seconds"] / mean["step_seconds"],
         record_mb=any_row["record_bytes"] / 1e6,
         weight_mb=any_row["weight_bytes"] / 1e6,
     )
