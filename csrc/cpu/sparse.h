@@ -9,8 +9,7 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 
 constexpr int64_t TILE = SPARSE_TILE;
-constexpr int64_t WORD = 64;         // columns that are expanded together
-constexpr int64_t FEW_VECTORS = 32;  // the most that rows are multiplied with, each read once for four of them
+constexpr int64_t WORD = 64;  // columns that are expanded together
 
 // WORD columns of a row in registers.
 struct Columns {
@@ -122,7 +121,8 @@ inline Tile tile_of(int64_t row, int64_t rows) {
 // positions, each of two groups, likewise.
 template <class T>
 struct Sparse24 {
-  using Order = Natural;  // of a vector's elements
+  using Order = Natural;                  // of a vector's elements
+  static constexpr int64_t TOGETHER = 8;  // vectors for which rows are read once
   const T *values;
   const uint8_t *positions;
   int64_t rows, size;
@@ -158,6 +158,8 @@ struct Sparse24 {
 template <class T>
 struct Bitmap {
   using Order = Ordered<T>;
+  static constexpr int64_t TOGETHER = 4;
+  static constexpr int64_t FEW = 24;  // the most vectors for which expanding rows pays
   const T *values;
   const uint8_t *bits;
   const int32_t *offsets;
@@ -192,15 +194,13 @@ template <int B, int V, bool whole, class T>
 inline void dot_lanes(const Sparse24<T> &w, const Tile &tile, int64_t skipped, const Vectors<float> &x, float *out,
                       int64_t stride) {
   constexpr int64_t W = Vec::width, STEP = 8;
-  constexpr int64_t AHEAD = 48 * TILE * 2;  // values that are asked for before they are needed
-  constexpr int CHAINS = V == 1 ? 2 : 1;    // sums that are added to in turns
+  constexpr int64_t AHEAD = 24 * TILE * 2;  // values that are asked for before they are needed
   typename Sparse24<T>::Room room;
-  Vec::reg sums[B][V][CHAINS];
+  Vec::reg sums[B][V];
   for (auto &block : sums)
-    for (auto &vector : block)
-      for (auto &sum : vector) sum = Vec::zero();
+    for (auto &sum : block) sum = Vec::zero();
   for (int64_t p = 0; p < w.size; p += STEP) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
       const Tile at{tile.first + (skipped + b * W) / TILE * TILE, tile.rows};
       const int64_t lane = (skipped + b * W) % TILE;
@@ -214,60 +214,79 @@ inline void dot_lanes(const Sparse24<T> &w, const Tile &tile, int64_t skipped, c
         Vec::reg first, second;
         Vec::load_alternate(pairs, first, second);
         const Vec::numbers of_first = Vec::shift(places, 4 * g), of_second = Vec::shift(places, 4 * g + 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           const Vec::reg four = Vec::repeat_four(x.data + v * x.stride + p + 4 * g);
-          auto &chains = sums[b][v];
-          chains[0] = Vec::fmadd(first, Vec::choose(four, of_first), chains[0]);
-          chains[CHAINS - 1] = Vec::fmadd(second, Vec::choose(four, of_second), chains[CHAINS - 1]);
+          sums[b][v] = Vec::fmadd(first, Vec::choose(four, of_first), sums[b][v]);
+          sums[b][v] = Vec::fmadd(second, Vec::choose(four, of_second), sums[b][v]);
         }
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const auto &chains = sums[b][v];
-      Vec::store(out + v * stride + b * W, V == 1 ? Vec::add(chains[0], chains[CHAINS - 1]) : chains[0]);
-    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) Vec::store(out + v * stride + b * W, sums[b][v]);
   }
 }
 
-// Rows [begin, end), of which the first starts a tile; `out` has room for whole registers.
+// Rows [begin, end), of which the first starts a register; `out` has room for whole registers.
 template <int B, int V, class T>
 void dot_range(const Sparse24<T> &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
   constexpr int64_t W = Vec::width;
   const int64_t whole = rows.end - rows.end % TILE;
-  int64_t i = rows.begin;
-  for (; i + B * W <= whole; i += B * W) dot_lanes<B, V, true>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
-  for (; i < whole; i += W) dot_lanes<1, V, true>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
-  for (; i < rows.end; i += W) dot_lanes<1, V, false>(w, w.tile(i), i % TILE, x, out + i - rows.begin, stride);
+  for (; rows.begin + B * W <= whole; rows.begin += B * W, out += B * W) {
+    dot_lanes<B, V, true>(w, w.tile(rows.begin), rows.begin % TILE, x, out, stride);
+  }
+  if constexpr (B > 1) return dot_range<B / 2, V>(w, rows, x, out, stride);
+  for (; rows.begin < rows.end; rows.begin += W, out += W) {
+    dot_lanes<1, V, false>(w, w.tile(rows.begin), rows.begin % TILE, x, out, stride);
+  }
 }
 
-// Products with V vectors of the rows of a tile, of which `count` are known to the compiler or not.
-template <int V, bool exact, class T, class Count>
-inline void dot_tile(const Bitmap<T> &w, const Tile &tile, Count count, const Vectors<float> &x, float *out,
-                     int64_t stride) {
+// Products with V vectors of the rows of a tile, of which TILE and WORD values behind its own are there if `whole`.
+template <int V, bool whole, class T>
+inline void dot_tile(const Bitmap<T> &w, const Tile &tile, const Vectors<float> &x, float *out, int64_t stride) {
   constexpr int64_t AHEAD = 1024;  // values, and bytes of words, that are asked for before they are needed
+  constexpr int TOGETHER = 4;      // rows that are multiplied by what is loaded once of a vector
   Vec::reg sums[TILE][V];
   for (auto &row : sums)
     for (auto &sum : row) sum = Vec::zero();
   const T *next = w.start(tile);
   const uint8_t *words = w.words(tile);
+  const auto expand_next = [&] {
+    __builtin_prefetch(next + AHEAD);
+    const uint64_t kept = word_at(words);
+    const Columns columns = expand_ordered<!whole>(next, kept);
+    next += __builtin_popcountll(kept);
+    words += WORD / 8;
+    return columns;
+  };
+  const auto add = [&](const Columns &columns, Vec::reg(&row)[V], int v, int64_t p) {
+    row[v] = columns.add_product(row[v], x.data + v * x.stride + p);
+  };
   for (int64_t p = 0; p < x.size; p += WORD) {
     for (int64_t line = 0; line < TILE * WORD / 8; line += 64) __builtin_prefetch(words + AHEAD + line);
+    if constexpr (whole && V == 1) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < count; ++i, words += WORD / 8) {
-      __builtin_prefetch(next + AHEAD);
-      const uint64_t kept = word_at(words);
-      const Columns columns = expand_ordered<exact>(next, kept);
-      next += __builtin_popcountll(kept);
+      for (int i = 0; i < TILE; ++i) add(expand_next(), sums[i], 0, p);
+    } else if constexpr (whole) {
+      for (int i = 0; i < TILE; i += TOGETHER) {
+        const Columns rows[TOGETHER] = {expand_next(), expand_next(), expand_next(), expand_next()};
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[i][v] = columns.add_product(sums[i][v], x.data + v * x.stride + p);
+        for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+          for (int j = 0; j < TOGETHER; ++j) add(rows[j], sums[i + j], v, p);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const Columns columns = expand_next();
+        for (int v = 0; v < V; ++v) add(columns, sums[i], v, p);
+      }
     }
   }
-  for (int64_t i = 0; i < count; i += 4) {
+  for (int64_t i = 0; i < tile.rows; i += 4) {
     for (int v = 0; v < V; ++v) {
       Vec::store_sums(out + v * stride + i, sums[i][v], sums[i + 1][v], sums[i + 2][v], sums[i + 3][v]);
     }
@@ -276,30 +295,30 @@ inline void dot_tile(const Bitmap<T> &w, const Tile &tile, Count count, const Ve
 
 template <int, int V, class T>
 void dot_range(const Bitmap<T> &w, Range rows, const Vectors<float> &x, float *out, int64_t stride) {
-  using Whole = std::integral_constant<int64_t, TILE>;
   for (int64_t i = rows.begin; i < rows.end; i += TILE, out += TILE) {
     const Tile tile = w.tile(i);
     if (w.near_end(tile)) {
-      dot_tile<V, true>(w, tile, tile.rows, x, out, stride);
+      dot_tile<V, false>(w, tile, x, out, stride);
     } else {
-      dot_tile<V, false>(w, tile, Whole(), x, out, stride);
+      dot_tile<V, true>(w, tile, x, out, stride);
     }
   }
 }
 
-// Products of rows [begin, end) with all vectors, four at a time; out[v * stride] is row `begin`, a tile's first.
+// Products of rows [begin, end) with all vectors; out[v * stride] is row `begin`, a tile's first.
 template <class M>
 void dot_tiles(const M &w, Range rows, Vectors<float> x, float *out, int64_t stride) {
-  for (; x.count > 0; x.data += 4 * x.stride, x.count -= 4, out += 4 * stride) {
-    if (x.count == 1) {
-      dot_range<4, 1>(w, rows, x, out, stride);
-    } else if (x.count == 2) {
-      dot_range<2, 2>(w, rows, x, out, stride);
-    } else if (x.count == 3) {
-      dot_range<2, 3>(w, rows, x, out, stride);
-    } else {
-      dot_range<2, 4>(w, rows, x, out, stride);
+  constexpr int ALONE = Vec::width == 16 ? 8 : 4;  // registers of rows for one vector
+  while (x.count > 0) {
+    const int64_t done = x.count >= M::TOGETHER ? M::TOGETHER : least(x.count, 4);
+    if (done == 1) dot_range<ALONE, 1>(w, rows, x, out, stride);
+    if (done == 2) dot_range<2, 2>(w, rows, x, out, stride);
+    if (done == 3) dot_range<2, 3>(w, rows, x, out, stride);
+    if (done == 4) dot_range<2, 4>(w, rows, x, out, stride);
+    if constexpr (M::TOGETHER > 4) {
+      if (done == M::TOGETHER) dot_range<1, M::TOGETHER>(w, rows, x, out, stride);
     }
+    x.data += done * x.stride, x.count -= done, out += done * stride;
   }
 }
 

@@ -1,10 +1,11 @@
-// Linear layer whose weight is stored without its zeros. Few tokens: products of its rows. Many: each value times its
-// column of all tokens, so that zeros cost nothing.
+// Linear layer whose weight is stored without its zeros: products of its rows with the tokens, or, for many tokens and
+// a bitmap, each value times its column of all tokens, so that zeros cost nothing.
 #pragma once
 
 #include <omp.h>
 
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "sparse.h"
@@ -12,11 +13,12 @@
 namespace pycompress::PYCOMPRESS_LEVEL {
 namespace sparse {
 
-constexpr int64_t CHUNK = 4 * TILE;    // rows that stay in the second-level cache while all tokens use them
 constexpr int64_t MIN_WORK = 1 << 16;  // weights below which waking a thread costs more than it saves
+constexpr int64_t CHUNK = 8 * TILE;    // rows that all tokens use while they are in the second-level cache
 
 constexpr int MOST = Vec::width == 16 ? 8 : 4;  // registers of tokens that a value is multiplied with
 constexpr int64_t ROWS = 512;                   // rows whose sums for them stay in the second-level cache
+constexpr int64_t TOKENS = MOST * Vec::width;   // that are multiplied together
 
 template <class T, class Weight>
 struct Layer {
@@ -32,20 +34,22 @@ struct Layer {
 };
 
 template <class T, class Weight>
-void few_tokens(const Layer<T, Weight> &layer) {
+void few_tokens(const Layer<T, Weight> &layer, Range tokens) {
   const SparseLinearArgs &s = layer.s;
-  const int64_t stride = padded(s.inputs);
-  float *x = scratch(Slot::wide, s.tokens * stride);
-  for (int64_t t = 0; t < s.tokens; ++t) Weight::Order::prepare(layer.x + t * s.x_stride, s.inputs, x + t * stride);
+  const int64_t stride = padded(s.inputs), count = tokens.end - tokens.begin, chunk = count > 1 ? CHUNK / 2 : CHUNK;
+  float *x = scratch(Slot::wide, count * stride);
+  for (int64_t t = 0; t < count; ++t) {
+    Weight::Order::prepare(layer.x + (tokens.begin + t) * s.x_stride, s.inputs, x + t * stride);
+  }
   const int threads = static_cast<int>(least(s.threads, s.outputs * s.inputs / MIN_WORK + 1));
 #pragma omp parallel num_threads(threads)
   {
     const Range range = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
-    for (int64_t from = range.begin; from < range.end; from += CHUNK) {
-      float products[FEW_VECTORS * CHUNK];
-      const int64_t count = least(CHUNK, range.end - from);
-      dot_tiles(layer.weight, {from, from + count}, {x, s.tokens, s.inputs, stride}, products, CHUNK);
-      for (int64_t t = 0; t < s.tokens; ++t) layer.finish(t, from, count, products + t * CHUNK);
+    for (int64_t from = range.begin; from < range.end; from += chunk) {
+      float products[TOKENS * CHUNK];
+      const int64_t rows = least(chunk, range.end - from);
+      dot_tiles(layer.weight, {from, from + rows}, {x, count, s.inputs, stride}, products, CHUNK);
+      for (int64_t t = 0; t < count; ++t) layer.finish(tokens.begin + t, from, rows, products + t * CHUNK);
     }
   }
 }
@@ -99,60 +103,6 @@ void add_word(const Bitmap<T> &w, const Tile &tile, int64_t p, const T *&next, c
   }
 }
 
-// A tile's values for up to WORD columns as floats, by row: the first of each group and the second.
-struct WideTile {
-  static constexpr int64_t GROUPS = WORD / 4;
-  alignas(64) float firsts[TILE][GROUPS], seconds[TILE][GROUPS];
-  uint8_t codes[GROUPS / 2][TILE];
-
-  template <bool whole, class T>
-  void fill(const Sparse24<T> &w, const Tile &tile, int64_t p, int64_t groups) {
-    constexpr int64_t W = Vec::width;
-    typename Sparse24<T>::Room room;
-    for (int64_t g = 0; g < groups; g += 2) {
-      std::memcpy(codes[g / 2], w.template codes<whole>(tile, p + 4 * g, room), TILE);
-    }
-    for (int64_t from = 0; from < groups; from += W) {
-      for (int64_t i = 0; i < TILE; i += W) {
-        Vec::reg first[W], second[W];
-        for (int64_t g = 0; g < W; ++g) {
-          const int64_t column = p + 4 * least(from + g, groups - 1);
-          Vec::load_alternate(w.template pairs<whole>(tile, column, room) + 2 * i, first[g], second[g]);
-        }
-        Vec::transpose(first);
-        Vec::transpose(second);
-        for (int64_t row = 0; row < W; ++row) {
-          Vec::store(firsts[i + row] + from, first[row]);
-          Vec::store(seconds[i + row] + from, second[row]);
-        }
-      }
-    }
-  }
-};
-
-template <int R, class T>
-void add_word(const Sparse24<T> &w, const Tile &tile, int64_t p, const float *x, float *sums) {
-  constexpr int64_t W = R * Vec::width;
-  const int64_t groups = least(WORD, w.size - p) / 4;
-  WideTile wide;
-  tile.rows == TILE ? wide.fill<true>(w, tile, p, groups) : wide.fill<false>(w, tile, p, groups);
-  for (int64_t i = 0; i < tile.rows; ++i, sums += W) {
-    Sums<R> sum(sums);
-    for (int64_t from = 0; from < groups; from += Vec::width) {
-      Vec::Each first(Vec::load(wide.firsts[i] + from)), second(Vec::load(wide.seconds[i] + from));
-      for (int64_t g = from; g < least(groups, from + Vec::width); g += 2) {
-        const int code = wide.codes[g / 2][i];
-        const float *columns = x + 4 * g * W;
-        sum.add(0, first.next(), columns + (code & 3) * W);
-        sum.add(1, second.next(), columns + (code >> 2 & 3) * W);
-        sum.add(0, first.next(), columns + (4 + (code >> 4 & 3)) * W);
-        sum.add(1, second.next(), columns + (4 + (code >> 6)) * W);
-      }
-    }
-    sum.store(sums);
-  }
-}
-
 // sums [rows, R registers] += the rows, of which the first starts a tile, times x [inputs, R registers].
 template <int R, class T>
 void add_rows(const Bitmap<T> &w, Range rows, const float *x, float *sums) {
@@ -166,21 +116,10 @@ void add_rows(const Bitmap<T> &w, Range rows, const float *x, float *sums) {
   }
 }
 
-template <int R, class T>
-void add_rows(const Sparse24<T> &w, Range rows, const float *x, float *sums) {
-  constexpr int64_t W = R * Vec::width;
-  for (int64_t p = 0; p < w.size; p += WORD) {
-    for (int64_t i = rows.begin; i < rows.end; i += TILE) {
-      add_word<R>(w, w.tile(i), p, x + p * W, sums + (i - rows.begin) * W);
-    }
-  }
-}
-
 // add_rows by the number of registers less one.
-template <template <class> class Weight, class T, std::size_t... I>
-constexpr auto adders(const Weight<T> &, std::index_sequence<I...>) {
-  using Add = void (*)(const Weight<T> &, Range, const float *, float *);
-  return std::array<Add, sizeof...(I)>{&add_rows<static_cast<int>(I) + 1, T>...};
+template <class T, std::size_t... I>
+constexpr auto adders(std::index_sequence<I...>) {
+  return std::array{&add_rows<static_cast<int>(I) + 1, T>...};
 }
 
 // Outputs of sums [rows, width], a column a token.
@@ -204,29 +143,25 @@ void finish_rows(const Layer<T, Weight> &layer, Range rows, Range tokens, const 
   }
 }
 
-template <class T, class Weight>
-void many_tokens(const Layer<T, Weight> &layer) {
-  constexpr int64_t W = Vec::width;
+template <class T>
+void many_tokens(const Layer<T, Bitmap<T>> &layer, Range tokens) {
   const SparseLinearArgs &s = layer.s;
-  const Matrix<T> tokens{layer.x, s.tokens, s.x_stride};
-  const Weight &w = layer.weight;
-  for (int64_t first = 0; first < s.tokens; first += MOST * W) {
-    const int64_t count = least(MOST * W, s.tokens - first), width = round_up(count, W);
-    const auto add = adders(w, std::make_index_sequence<MOST>())[width / W - 1];
-    float *x = scratch(Slot::wide, s.inputs * width);
+  const Matrix<T> inputs{layer.x, s.tokens, s.x_stride};
+  const int64_t width = round_up(tokens.end - tokens.begin, Vec::width);
+  const auto add = adders<T>(std::make_index_sequence<MOST>())[width / Vec::width - 1];
+  float *x = scratch(Slot::wide, s.inputs * width);
 #pragma omp parallel num_threads(s.threads)
-    {
-      const Range columns = share_of(s.inputs, WORD, omp_get_thread_num(), omp_get_num_threads());
-      pack_columns(tokens, first, columns.begin, columns.end - columns.begin, x + columns.begin * width, width);
+  {
+    const Range columns = share_of(s.inputs, WORD, omp_get_thread_num(), omp_get_num_threads());
+    pack_columns(inputs, tokens.begin, columns.begin, columns.end - columns.begin, x + columns.begin * width, width);
 #pragma omp barrier
-      const Range all = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
-      float *sums = scratch(Slot::small, ROWS * width);
-      for (int64_t from = all.begin; from < all.end; from += ROWS) {
-        const Range rows{from, least(from + ROWS, all.end)};
-        std::memset(sums, 0, (rows.end - rows.begin) * width * sizeof(float));
-        add(w, rows, x, sums);
-        finish_rows(layer, rows, {first, first + count}, sums, width);
-      }
+    const Range all = share_of(s.outputs, TILE, omp_get_thread_num(), omp_get_num_threads());
+    float *sums = scratch(Slot::small, ROWS * width);
+    for (int64_t from = all.begin; from < all.end; from += ROWS) {
+      const Range rows{from, least(from + ROWS, all.end)};
+      std::memset(sums, 0, (rows.end - rows.begin) * width * sizeof(float));
+      add(layer.weight, rows, x, sums);
+      finish_rows(layer, rows, tokens, sums, width);
     }
   }
 }
@@ -234,7 +169,16 @@ void many_tokens(const Layer<T, Weight> &layer) {
 template <class T, class Weight>
 void run(const SparseLinearArgs &s) {
   const Layer<T, Weight> layer{s};
-  s.tokens <= FEW_VECTORS ? few_tokens(layer) : many_tokens(layer);
+  for (int64_t first = 0; first < s.tokens; first += TOKENS) {
+    const Range tokens{first, least(first + TOKENS, s.tokens)};
+    if constexpr (std::is_same_v<Weight, Bitmap<T>>) {
+      if (tokens.end - first > Weight::FEW) {
+        many_tokens(layer, tokens);
+        continue;
+      }
+    }
+    few_tokens(layer, tokens);
+  }
 }
 
 template <template <class> class Weight>
