@@ -39,8 +39,8 @@ What arXiv:2502.17071 says of its importance, on these models:
 - *Moderate pruning lowers the loss* {third}
 
 A record takes {record:.1f} ms, a training step {step:.0f} ms, so a record every {every} steps takes {overhead:.2%} of
-the time and one in every step {each:.1%}. The records of a running sum take {record_mb:.1f} MB beside {weight_mb:.1f} MB
-of weights.
+the time and one in every step {each:.1%}. The records of a running sum take {record_mb:.1f} MB beside
+{weight_mb:.1f} MB of weights.
 """
 
 Rows = dict[str, dict[str, Any]]
