@@ -49,7 +49,7 @@ def test_sparse_linear(race, sparse, tokens, who):
         who,
         torch.inference_mode()(runs[who]),
         setup=lambda: ((next(sets),), {}),
-        rounds=10 if tokens == 1 else 5,
+        rounds=60 if tokens == 1 else 10,
         calls=4 if tokens == 1 else 1,
         flops=2 * tokens * (packed[0][0].numel() if who == "pycompress" else N * K),
         bytes=sum(t.nbytes for t in packed[0]) if who == "pycompress" else 2 * N * K,

@@ -1,6 +1,7 @@
 """Turn pytest-benchmark's JSON into `bench/results/<cpu>.json`: medians, ratios and what produced them.
 
-`python bench/compact.py build/bench.json`
+`python bench/compact.py build/bench.json`. Groups that the JSON lacks, because only a part of the benchmarks was run,
+stay as they are on file; each names the commit it was measured at.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def compact(raw: dict[str, Any]) -> dict[str, Any]:
         for entry in contestants.values():
             if ours is not None:
                 entry["time_over_ours"] = round(entry["median_ms"] / ours["median_ms"], 3)
+    commit = str(raw["commit_info"].get("id")) + (" with changes" if raw["commit_info"].get("dirty") else "")
     return {
         "command": COMMAND,
         "cpu": cpu_of(raw),
@@ -35,10 +37,14 @@ def compact(raw: dict[str, Any]) -> dict[str, Any]:
         "isa": machine["isa"],
         "limits": machine["limits"],
         "versions": machine["versions"] | {"python": machine["python_version"]},
-        "commit": raw["commit_info"].get("id"),
-        "dirty": raw["commit_info"].get("dirty"),
+        "commits": dict.fromkeys(groups, commit),
         "groups": groups,
     }
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What was measured anew, and of what was on file the groups that were not."""
+    return new | {part: old[part] | new[part] for part in ("commits", "groups")}
 
 
 def _entry(benchmark: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +75,10 @@ def main() -> None:
     name = re.sub(r"[^a-z0-9]+", "-", cpu_of(raw).lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps(compact(raw), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = compact(raw)
+    if target.exists():
+        result = merged(json.loads(target.read_text(encoding="utf-8")), result)
+    target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(target)
 
 

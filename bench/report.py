@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,9 @@ def _cpu_facts(result: dict[str, Any]) -> list[str]:
     if limits := result.get("limits"):
         products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in limits["gflops_per_s"].items())
         facts.append(f"limits: {limits['read_gb_per_s']:.1f} GB/s read, {products} (torch's products)")
-    return [*facts, f"measured by `{result['command']}`" + _commit(result)]
+    counts = Counter(result["commits"].values())
+    commits = ", ".join(f"{commit[:12]}{commit[40:]} ({count} groups)" for commit, count in counts.items())
+    return [*facts, f"measured by `{result['command']}` at commit {commits}"]
 
 
 def _versions(result: dict[str, Any]) -> str:

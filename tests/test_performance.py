@@ -49,8 +49,7 @@ def results(tmp_path):
         "isa": "avx512",
         "versions": {"torch": "9.9", "numpy": None},
         "limits": {"read_gb_per_s": 20.0, "gflops_per_s": {"fp32": 200.0, "bf16": 60.0}},
-        "commit": "0123456789abcdef",
-        "dirty": False,
+        "commits": dict.fromkeys(groups, "0123456789abcdef"),
         "groups": groups,
     }
     (tmp_path / "a-cpu.json").write_text(json.dumps(cpu))
@@ -243,3 +242,13 @@ def test_a_share_is_of_the_limit_that_takes_longer(compact, facts, bound, share)
     }
     entry = compact.compact(raw)["groups"]["g"]["a"]
     assert (entry["bound"], entry["share_of_limit"]) == (bound, share)
+
+
+def test_a_part_of_the_benchmarks_leaves_the_other_groups_as_they_are(compact):
+    first = {"isa": "avx2", "commits": {"a": "1", "b": "1"}, "groups": {"a": {"x": 1}, "b": {"x": 2}}}
+    second = {"isa": "avx512", "commits": {"b": "2", "c": "2"}, "groups": {"b": {"y": 3}, "c": {"x": 4}}}
+    assert compact.merged(first, second) == {
+        "isa": "avx512",
+        "commits": {"a": "1", "b": "2", "c": "2"},
+        "groups": {"a": {"x": 1}, "b": {"y": 3}, "c": {"x": 4}},
+    }
