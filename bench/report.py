@@ -106,7 +106,7 @@ def _cpu_facts(result: dict[str, Any]) -> list[str]:
         facts.append(f"limits: {limits['read_gb_per_s']:.1f} GB/s read, {products} (torch's products)")
     counts = Counter(result["commits"].values())
     commits = ", ".join(f"{commit[:12]}{commit[40:]} ({count} groups)" for commit, count in counts.items())
-    return [*facts, f"measured by `{result['command']}` at commit {commits}"]
+    return [*facts, f"measured by `{result['command']}`, whole or in parts, at commit {commits}"]
 
 
 def _versions(result: dict[str, Any]) -> str:
