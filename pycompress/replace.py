@@ -9,8 +9,7 @@ from pycompress import hub
 from pycompress.formats import Packed, Rounded, SharedChannels
 from pycompress.layers import PACKED, BitmapLinear, KernelLinear
 from pycompress.records import Records
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from pycompress.state import replaced_forward, user_hooks
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -48,11 +47,7 @@ def check_replaceable(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name} is compressed already; start from the dense model")
     if hub.linear_shape(module) is None:
         raise ValueError(f"{name}: {_not_a_linear(module)}")
-    if any(getattr(module, hooks) for hooks in HOOKS) or hasattr(module, "_hf_hook"):
-        raise ValueError(
-            f"{name} has hooks, which would be lost with it; remove them first "
-            f"(accelerate's with accelerate.hooks.remove_hook_from_submodules(model))"
-        )
+    check_own(name, module)
     tied = [
         other
         for other, parameter in model.named_parameters(remove_duplicate=False)
@@ -60,6 +55,27 @@ def check_replaceable(model: nn.Module, name: str) -> None:
     ]
     if tied:
         raise ValueError(f"{name}.weight is tied to {', '.join(tied)}; leave it out of targets or untie it first")
+
+
+def check_own(name: str, module: nn.Module) -> None:
+    """Raise `ValueError` for a module with hooks or a replaced forward: they would be lost, or run on as they were.
+
+    The hooks by which transformers records hidden states and attentions are none of the user's.
+    """
+    if hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{name} has hooks of accelerate, which would be lost; remove them first: "
+            f"accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    hooks = user_hooks(module)
+    if hooks:
+        what = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise ValueError(f"{name} has hooks ({what}), which would be lost; remove them first and add them again after")
+    if replaced_forward(module):
+        raise ValueError(
+            f"{name} has a forward of its own in place of {type(module).__name__}'s (a wrapper, torch.compile), which "
+            f"would go on running the old module; take it off first and put it on again after"
+        )
 
 
 @torch.no_grad()

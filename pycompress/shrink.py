@@ -21,8 +21,8 @@ from pycompress.groups import (
     rotary_channels,
 )
 from pycompress.layers import SlicedBlock
-from pycompress.replace import HOOKS
-from pycompress.resize import OwnConfig, keep_rotary, resize, scaled_norm
+from pycompress.replace import check_own
+from pycompress.resize import OwnConfig, resize, scaled_norm
 from pycompress.skeleton import SIZES
 from pycompress.subnet import Kept, Subnet
 
@@ -372,12 +372,7 @@ class _Shrinking:
 def check_free(name: str, block: nn.Module) -> None:
     """Refuse what a new block would lose."""
     for path, module in block.named_modules():
-        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values() if hook is not keep_rotary]
-        if hooks or hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"{name}.{path} has hooks, which would be lost; remove them first "
-                f"(accelerate's with accelerate.hooks.remove_hook_from_submodules(model))"
-            )
+        check_own(f"{name}.{path}" if path else name, module)
     if any(tensor.is_meta for tensor in block.state_dict().values()):
         raise ValueError(f"{name} is on the meta device; load the model's weights before shrinking it")
 
