@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pycompress"
 
-LEAVES = {"files", "recipe", "formats", "groups", "sparse", "state", "storage", "subnet"}
+LEAVES = {"batches", "files", "recipe", "formats", "groups", "intact", "sparse", "state", "storage", "subnet"}
 # A part imports from its own tier and from the tiers below it, and every part may import the leaves.
 TIERS = (
     {"_ext", "_C", "kernels"},
