@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from pycompress import calibrate, groups
 from pycompress import recipe as recipes
 from pycompress.allocate import spread
+from pycompress.batches import Batch
 from pycompress.calibrate import Stream
 from pycompress.checkpoint import Checkpoint, Finished, hash_of
 from pycompress.formats import Packed, Rounded
 from pycompress.measure.errors import relative_output_error
+from pycompress.measure.model import evaluation
 from pycompress.methods import METHODS, Curve, ShrinkConfig, SliceGPT, Statistics
 from pycompress.plan import Plan, Step, plan
 from pycompress.prune import Pruning
@@ -32,7 +34,9 @@ from pycompress.replace import Undo, dense_weight, recorded_importance, replace
 from pycompress.report import DROPPED, Report, Row, Total
 from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
+from pycompress.shrink import check_free
 from pycompress.slicing import Slicing
+from pycompress.state import kept, neutral
 
 SENSITIVITY_TOKENS = 4096
 
@@ -45,16 +49,33 @@ def apply(
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    bos: bool | None = None,
 ) -> Report:
     """Compress a Hugging Face causal LM in place, and report what it cost and saved.
 
     `recipe`: a config such as `SWSC(keep=0.5)`, a list of them, a method's name, or a YAML path. `calibration`: texts
-    (with a `tokenizer`), ids `[B, T]`, dict batches or a DataLoader. `checkpoint`: a directory in which progress is
-    kept; the same call after an interruption goes on from there to the same bits, and one with another `keep` reuses
-    what was measured. An error or interruption leaves the
-    model as it was. Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before
-    anything is changed.
+    or conversations (with a `tokenizer`), ids `[B, T]`, batches (a dict, BatchEncoding or DataLoader), a dataset or
+    DataFrame with a column text, messages or input_ids. Padding does not count: what `attention_mask` masks is left
+    out. `bos`: whether a BOS goes before each window of text, None for what the tokenizer does. `checkpoint`: a
+    directory in which progress is kept; the same call after an interruption goes on from there to the same bits, and
+    one with another `keep` reuses what was measured. An error or interruption leaves the model as it was, and any call
+    leaves modes, hooks, random generators and torch's settings so; autocast and the default dtype do not reach it.
+    Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before anything is
+    changed, and `ValueError` for activations that are not finite, naming where they come from.
     """
+    with kept(model), neutral(), evaluation(model):  # type: ignore[arg-type]
+        return _apply(model, recipe, calibration, tokenizer, checkpoint, progress, bos)
+
+
+def _apply(
+    model: nn.Module,
+    recipe: Config | list[Config] | tuple[Config, ...] | str | Path,
+    calibration: Any,
+    tokenizer: Any,
+    checkpoint: str | Path | None,
+    progress: bool,
+    bos: bool | None,
+) -> Report:
     configs = recipes.parse(recipe)
     structural, packing = _split(configs)
     steps = plan(model, packing)
@@ -62,11 +83,10 @@ def apply(
     _check_weights(model, plan(model, [*structural[:1]]))
     _check_weights(model, steps)
     _check_vision(model, structural, steps)
-    batches = _batches(model, configs, calibration, tokenizer)
+    _check_blocks(model, structural)
+    batches = _batches(model, configs, calibration, tokenizer, bos)
     saved = Checkpoint(checkpoint, _identity(model, batches) if checkpoint is not None else {}, configs)
     job = _Job(model, batches, saved, progress)
-    training = model.training
-    model.eval()
     try:
         before = _bytes_of(model)
         pruned = job.prune(structural)
@@ -78,8 +98,6 @@ def apply(
     except BaseException:
         job.undo_all()
         raise
-    finally:
-        model.train(training)
 
 
 @dataclass
@@ -87,7 +105,7 @@ class _Job:
     """One run of `apply`: what its stages share."""
 
     model: nn.Module
-    batches: list[calibrate.Batch] | None
+    batches: list[Batch] | None
     saved: Checkpoint
     progress: bool
 
@@ -307,6 +325,14 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             raise ValueError(f"{step.name}: {error}") from error
 
 
+def _check_blocks(model: nn.Module, structural: list[ShrinkConfig]) -> None:
+    """Raise `ValueError` where a smaller block would lose what the user has put on the one that is there."""
+    if structural:
+        path = groups.architecture_of(model).blocks
+        for index, block in enumerate(groups.blocks(model)):
+            check_free(f"{path}.{index}", block)
+
+
 def _check_vision(model: nn.Module, structural: list[ShrinkConfig], steps: Plan) -> None:
     """Raise `ValueError` for what a vision-language model or its vision tower cannot be given."""
     if structural and groups.architecture_of(model).beside:
@@ -324,19 +350,21 @@ def _check_vision(model: nn.Module, structural: list[ShrinkConfig], steps: Plan)
             )
 
 
-def _batches(model: nn.Module, configs: Recipe, calibration: Any, tokenizer: Any) -> list[calibrate.Batch] | None:
+def _batches(
+    model: nn.Module, configs: Recipe, calibration: Any, tokenizer: Any, bos: bool | None
+) -> list[Batch] | None:
     if calibration is None:
         needing = sorted({config.name for config in configs if config.needs_calibration})
         if needing:
             raise ValueError(
                 f"{', '.join(needing)} reads the inputs of each layer and needs calibration=…: texts with a tokenizer, "
-                f'ids [B, T], dict batches or a DataLoader (or weighting="none" to go without)'
+                f'ids [B, T], batches with input_ids or a dataset (or weighting="none" to go without)'
             )
         return None
-    return calibrate.prepare(model, calibration, tokenizer)
+    return calibrate.prepare(model, calibration, tokenizer, bos)
 
 
-def _identity(model: nn.Module, batches: list[calibrate.Batch] | None) -> dict[str, str]:
+def _identity(model: nn.Module, batches: list[Batch] | None) -> dict[str, str]:
     return {
         "model": hash_of(model),
         "calibration data": "none" if batches is None else calibrate.fingerprint(batches),

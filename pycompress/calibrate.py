@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,59 +16,69 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils._pytree import tree_map
 
-from pycompress.measure.model import embedding
+from pycompress import batches
+from pycompress.batches import Batch
+from pycompress.measure.model import embedding, require_positions
 from pycompress.measure.windows import token_windows
 from pycompress.methods.registry import Statistics
 from pycompress.ops.gram import gram
+from pycompress.state import forwards, hooked
 
-Batch = dict[str, Tensor]
-WINDOW = 512  # tokens
+FEW_TOKENS = 100
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each block
 
 
-def prepare(model: Any, calibration: Any, tokenizer: Any) -> list[Batch]:
-    """Calibration data in any accepted form as a list of `{"input_ids": [B, T], "attention_mask": [B, T]}`.
+def prepare(model: Any, calibration: Any, tokenizer: Any, bos: bool | None = None) -> list[Batch]:
+    """Calibration data in any accepted form as batches that hold no padding: `{"input_ids": [B, T]}` and what else of
+    theirs the model's forward takes by token (`position_ids`, `token_type_ids`) or, with images, at all.
 
-    Batches with `pixel_values`, of one image a row, keep the other tensors that their processor gave, labels apart.
+    Texts are joined by blank lines, tokenised and cut into whole windows of 512 tokens, or of as many as the model has
+    positions for, what the tokenizer puts before a text (`bos` as in `measure.windows.tokenise`) before each. Each
+    conversation is a text of its own in the tokenizer's chat template. Of ids, padded tokens are left out.
 
-    `calibration`: a list of str (joined, tokenised and cut into windows of 512 tokens, BOS before each where the
-    model has one), a tensor of ids `[B, T]`, or an iterable of id tensors or dict batches such as a DataLoader.
-    Raises `ValueError` or `TypeError` when it is empty, of another kind, or has ids outside the vocabulary.
+    Raises `ValueError` or `TypeError` when there is nothing, for data of another kind, for ids outside the vocabulary
+    and for more tokens in a row than the model has positions; warns of a handful of tokens.
     """
-    if isinstance(calibration, str):
-        calibration = [calibration]
-    if isinstance(calibration, Tensor):
-        calibration = calibration.split(8) if calibration.ndim == 2 else [calibration]
-    entries = list(calibration)
-    if not entries:
-        raise ValueError("calibration is empty; give texts, id tensors [B, T], dict batches or a DataLoader")
-    if isinstance(entries[0], str):
+    entries = batches.read(calibration, "calibration")
+    if not batches.is_ids(entries[0]):
         if tokenizer is None:
             raise ValueError("calibration texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
-        entries = token_windows(model, tokenizer, "\n\n".join(entries), WINDOW, count=sys.maxsize)
-    batches = [_batch(entry) for entry in entries]
-    batches = [batch for batch in batches if batch["input_ids"].numel()]
-    if not batches:
+        entries = _windows(model, tokenizer, entries, bos)
+    elif isinstance(calibration, Tensor):
+        entries = [{batches.IDS: part} for part in batches.rows_of(calibration).split(8)]
+    found = [
+        _taken(model, batch, f"entry {index} of calibration")
+        for index, entry in enumerate(entries)
+        for batch in batches.unpadded(entry, f"entry {index} of calibration")
+        if batch["input_ids"].numel()
+    ]
+    if not found:
         raise ValueError("calibration holds no token; give at least one window of text")
-    vocabulary = len(embedding(model))
-    low = min(int(batch["input_ids"].min()) for batch in batches)
-    high = max(int(batch["input_ids"].max()) for batch in batches)
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"calibration ids run from {low} to {high} but the model's vocabulary is 0 to {vocabulary - 1}; "
-            f"tokenise with the model's own tokenizer"
-        )
-    return batches
+    _check(model, found)
+    return found
 
 
 def first_tokens(batches: list[Batch], tokens: int) -> list[Batch]:
     """The first rows of the batches, one row each, that together hold at least `tokens` tokens (or all there are)."""
     rows: list[Batch] = []
+    seen = 0
     for batch in batches:
         for index in range(len(batch["input_ids"])):
-            if sum(row["input_ids"].numel() for row in rows) >= tokens:
+            if seen >= tokens:
                 return rows
             rows.append({name: tensor[index : index + 1] for name, tensor in batch.items()})
+            seen += rows[-1]["input_ids"].numel()
     return rows
+
+
+def predicted(batch: Batch) -> Tensor:
+    """Which positions of `input_ids [B, T]` but the last are followed by a token of the same document, bool
+    `[B, T - 1]`.
+    """
+    ids, positions = batch["input_ids"], batch.get("position_ids")
+    if positions is None or positions.ndim != 2:
+        return torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    return positions.diff() == 1
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
@@ -78,24 +91,67 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _batch(entry: Any) -> Batch:
-    if isinstance(entry, Tensor):
-        entry = {"input_ids": entry}
-    if not hasattr(entry, "keys") or "input_ids" not in entry:
-        raise TypeError(
-            f"a calibration entry is a str, ids [B, T] or a dict with input_ids, got {type(entry).__name__}"
+def _windows(model: Any, tokenizer: Any, entries: list[Any], bos: bool | None) -> list[Any]:
+    """Windows of texts, joined, or of conversations, one by one, as ids."""
+    texts = batches.texts_of(entries, tokenizer, "calibration")
+    if isinstance(entries[0], str):
+        windows = token_windows(model, tokenizer, "\n\n".join(texts), count=sys.maxsize, bos=bos)
+    else:  # their template has its BOS
+        windows = [w for text in texts for w in token_windows(model, tokenizer, text, count=sys.maxsize, bos=False)]
+    return [{batches.IDS: window} for window in windows]
+
+
+def _taken(model: Any, batch: Batch, what: str) -> Batch:
+    """What of a batch the model's forward takes. Raises `ValueError` for what it would take and calibration cannot."""
+    names = signature(model.forward).parameters
+    shape = batch["input_ids"].shape
+    found = {}
+    for name, tensor in batch.items():
+        if name not in names:
+            continue
+        if "pixel_values" not in batch and tensor.shape[:2] != shape:
+            raise ValueError(f"{what} has {name} {list(tensor.shape)}, which is not passed on; give input_ids [B, T]")
+        found[name] = tensor
+    if "inputs_embeds" in found:
+        raise ValueError(f"{what} has inputs_embeds, which is not passed on; give input_ids alone")
+    return found
+
+
+def _check(model: Any, found: list[Batch]) -> None:
+    vocabulary = len(embedding(model))
+    low = min(int(batch["input_ids"].min()) for batch in found)
+    high = max(int(batch["input_ids"].max()) for batch in found)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"calibration ids run from {low} to {high} but the model's vocabulary is 0 to {vocabulary - 1}; "
+            f"tokenise with the model's own tokenizer"
         )
-    ids = entry["input_ids"]
-    if not isinstance(ids, Tensor) or ids.is_floating_point():
-        raise TypeError("calibration input_ids must be an integer tensor [B, T]")
-    ids = ids.long() if ids.ndim == 2 else ids.long()[None]
-    batch = {"input_ids": ids}
-    if "pixel_values" in entry:
-        batch |= {k: v for k, v in entry.items() if isinstance(v, Tensor) and k not in ("input_ids", "labels")}
-        batch.pop("attention_mask", None)
-    if "attention_mask" in entry and not bool(entry["attention_mask"].all()):
-        batch["attention_mask"] = entry["attention_mask"].view_as(ids)
-    return batch
+    longest = max(batch["input_ids"].shape[1] for batch in found)
+    require_positions(model, longest, "the longest row of calibration")
+    for batch in found:
+        given = batch.get("position_ids")
+        if given is not None and given.ndim == 2:
+            if int(given.min()) < 0:
+                raise ValueError(f"calibration has the position {int(given.min())}; position_ids are at least 0")
+            require_positions(model, int(given.max()) + 1, "position_ids of calibration")
+    tokens = sum(batch["input_ids"].numel() for batch in found)
+    if tokens < FEW_TOKENS:
+        batches.warn(f"calibration holds {tokens} tokens, which say little of a model; 16 to 512 windows of 512 serve")
+    padding = model.config.get_text_config(decoder=True).pad_token_id
+    others = {model.config.get_text_config(decoder=True).bos_token_id}
+    ends = model.config.get_text_config(decoder=True).eos_token_id
+    others |= set(ends) if isinstance(ends, list) else {ends}
+    if padding is not None and padding not in others and any(_looks_padded(b["input_ids"], padding) for b in found):
+        batches.warn(
+            f"rows of calibration begin or end in the model's padding token {padding}, which counts as text; give an "
+            f"attention_mask with zeros there"
+        )
+
+
+def _looks_padded(ids: Tensor, padding: int) -> bool:
+    """Whether a row begins or ends in two padding tokens or more."""
+    at = ids == padding
+    return ids.shape[1] > 2 and bool((at[:, :2].all(1) | at[:, -2:].all(1)).any())
 
 
 class _ReachedError(Exception):
@@ -123,50 +179,94 @@ def in_float32(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
+class _Front:
+    """A model up to its first block: what it hands to the blocks for a batch."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+        self.model, self.blocks = model, blocks
+        self.device = next(model.parameters()).device
+        self.known: list[Tensor] = []
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Arguments]:
+        """The first block's input `[B, T, d]` and every block's arguments, without running any."""
+        seen: Arguments = []
+        entry: list[Tensor] = []
+
+        def note(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Tensor]:
+            def take(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if not entry:
+                    entry.append(hidden)
+                seen.append((args, kwargs))
+                if block is self.blocks[-1]:
+                    raise _ReachedError
+                return hidden
+
+            return take
+
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with forwards(self.blocks, note), suppress(_ReachedError):
+            self.model(**inputs, use_cache=False, return_dict=True)
+        if not entry:
+            raise _ReachedError  # a hook has ended it
+        return entry[0], tree_map(self._shared, seen)
+
+    def _shared(self, value: Any) -> Any:
+        """In place of a tensor the equal part of one that is there: masks and cosines of shorter rows are corners of
+        those of longer ones, so that they take the memory of the longest row, not of all rows.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        for known in self.known:
+            if known.ndim == value.ndim and known.dtype == value.dtype:
+                corner = known[tuple(slice(size) for size in value.shape)]
+                if corner.shape == value.shape and torch.equal(corner, value):
+                    return corner
+        self.known.append(value)
+        return value
+
+
+def contiguous(value: Any) -> Any:
+    """A tensor in rows without gaps; anything else as it is."""
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
 @dataclass
 class Stream:
     """The calibration batches' hidden states at the entry of the next block, and the arguments each block gets.
 
     `hidden`: one `[B, T, d]` tensor a batch. Only these and one block's statistics are held at a time.
+    Whatever runs raises `ValueError` for activations that are not finite, and names where they come from.
     """
 
     blocks: list[nn.Module]
     hidden: list[Tensor]
-    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
-    masks: list[Tensor | None]
+    arguments: list[Arguments]
     position: int = 0
 
     @classmethod
     @torch.no_grad()
     def open(cls, model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> Stream:
         """Run the model up to its first block, and note what it hands to every block, without running any."""
-        hidden, arguments, masks = [], [], []
-        device = next(model.parameters()).device
-        for batch in batches:
-            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            entry: list[Tensor] = []
-            _skip(blocks, seen, entry)
-            try:
-                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-            except _ReachedError:
-                pass
-            finally:
+        front = _Front(model, blocks)
+        found: list[tuple[Tensor, Arguments]] = [None] * len(batches)  # type: ignore[list-item]
+        # The longest first: masks of the others are parts of theirs.
+        for index in sorted(range(len(batches)), key=lambda i: -batches[i]["input_ids"].shape[1]):
+            found[index] = front(batches[index])
+            if not _finite(found[index][0]):
+                outside = {m: name for name, m in model.named_modules()}
                 for block in blocks:
-                    block.__dict__.pop("forward", None)
-            hidden.append(entry[0])
-            arguments.append(seen)
-            masks.append(batch["attention_mask"].bool() if "attention_mask" in batch else None)
-        return cls(blocks, hidden, arguments, masks)
+                    for module in block.modules():
+                        outside.pop(module, None)
+                where = first_unfit([(name, m) for m, name in outside.items()], partial(front, batches[index]))
+                raise ValueError(_unfit("what comes before block 0", index, where or "the model"))
+        return cls(blocks, [hidden for hidden, _ in found], [arguments for _, arguments in found])
 
     def split(self, share: float) -> tuple[Stream, Stream]:
         """The batches that begin in the first `share` of the tokens, and the others: two streams, each on its own."""
-        counts = [
-            hidden[..., 0].numel() if mask is None else int(mask.sum())
-            for hidden, mask in zip(self.hidden, self.masks, strict=True)
-        ]
+        counts = [hidden[..., 0].numel() for hidden in self.hidden]
         first = sum(sum(counts[:index]) < share * sum(counts) for index in range(len(counts)))
         begin, end = (
-            Stream(self.blocks, self.hidden[part], self.arguments[part], self.masks[part], self.position)
+            Stream(self.blocks, self.hidden[part], self.arguments[part], self.position)
             for part in (slice(first), slice(first, None))
         )
         return begin, end
@@ -175,44 +275,46 @@ class Stream:
     def block(self) -> nn.Module:
         return self.blocks[self.position]
 
+    @property
+    def tokens(self) -> int:
+        return sum(hidden[..., 0].numel() for hidden in self.hidden)
+
     @torch.no_grad()
     def run(self) -> Iterator[Tensor | None]:
         """The current block's output for each batch; None for a batch that a hook ended early."""
         block = in_float32(self.block)
         device = next(self.block.parameters()).device
         for index, hidden in enumerate(self.hidden):
-            args, kwargs = self.arguments[index][self.position]
+            args, kwargs = tree_map(contiguous, self.arguments[index][self.position])
             try:
-                yield block(hidden.to(device), *args, **kwargs)
+                output = block(hidden.to(device), *args, **kwargs)
             except _ReachedError:
                 yield None
+                continue
+            if not _finite(output):
+                raise ValueError(self._blame(index))
+            yield output
 
     def statistics(self, linears: dict[str, nn.Module], advance: bool = False) -> dict[str, Statistics]:
         """Statistics of the inputs of `linears`, in order of execution, one of each group that shares an input.
 
-        Padding does not count. `advance`: go on to the next block, as `advance()` does, in the same pass.
+        `advance`: go on to the next block, as `advance()` does, in the same pass.
         """
         sums = {name: _InputGram(module, last=False) for name, module in linears.items()}
         if sums and not advance:
             next(reversed(sums.values())).last = True
-        outputs: list[Tensor | None] = []
-        batches = self.run()
-        try:
-            for mask in self.masks:
-                for gram_sum in sums.values():
-                    gram_sum.mask = mask
-                output = next(batches)
-                outputs.append(output if advance else None)
-        finally:
-            for gram_sum in sums.values():
-                gram_sum.handle.remove()
+        with hooked(gram_sum.register for gram_sum in sums.values()):
+            outputs = [output if advance else None for output in self.run()]
+        unfit = [name for name, found in sums.items() if not found.finite]
+        if unfit:
+            bad = next(index for index in range(len(self.hidden)) if self._culprit(index) is not None)
+            raise ValueError(self._blame(bad))
         if advance:
             self.enter_next(outputs)
         return {name: found.statistics() for name, found in sums.items()}
 
     def captured(self, path: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and outputs of the linear or norm at `path` of the current block, without padded tokens, a batch
-        at a time.
+        """Inputs and outputs of the linear or norm at `path` of the current block, a batch at a time.
 
         `[T, K]` and `[T, N]`, float32. The block runs no further than that module.
         """
@@ -222,14 +324,13 @@ class Stream:
             found.append((args[0], output))
             raise _ReachedError
 
-        handle = self.block.get_submodule(path).register_forward_hook(take)
-        try:
-            for mask, _ in zip(self.masks, self.run(), strict=True):
-                pair = (tensor.float().flatten(0, -2) for tensor in found.pop())
-                x, y = (t if mask is None else t[mask.to(t.device).flatten()] for t in pair)
+        module = self.block.get_submodule(path)
+        with hooked([lambda: module.register_forward_hook(take)]):
+            for index, _ in enumerate(self.run()):
+                x, y = (tensor.float().flatten(0, -2) for tensor in found.pop())
+                if not (_finite(x) and _finite(y)):
+                    raise ValueError(self._blame(index))
                 yield x, y
-        finally:
-            handle.remove()
 
     def advance(self) -> None:
         """Replace the hidden states by the current block's outputs and go to the next block."""
@@ -240,6 +341,43 @@ class Stream:
         self.hidden = [output for output in outputs if output is not None]
         self.position += 1
 
+    def _blame(self, index: int) -> str:
+        """What to say of activations of a batch that are not finite in the current block."""
+        return _unfit(f"block {self.position}", index, self._culprit(index) or "its input")
+
+    @torch.no_grad()
+    def _culprit(self, index: int) -> str | None:
+        """The path of the first module of the current block whose output is not finite for a batch."""
+        args, kwargs = tree_map(contiguous, self.arguments[index][self.position])
+        hidden = self.hidden[index].to(next(self.block.parameters()).device)
+        modules = list(self.block.named_modules())
+        return first_unfit(modules, lambda: in_float32(self.block)(hidden, *args, **kwargs))
+
+
+def first_unfit(modules: Sequence[tuple[str, nn.Module]], call: Callable[[], Any]) -> str | None:
+    """The name of the first of these modules that gives NaN or infinite numbers in `call()`."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not _finite(output):
+                found.append(name or type(module).__name__)
+                raise _ReachedError
+
+        return hook
+
+    register = [partial(module.register_forward_hook, look(name)) for name, module in modules]
+    with hooked(register), suppress(_ReachedError):
+        call()
+    return found[0] if found else None
+
+
+def _unfit(where: str, batch: int, module: str) -> str:
+    return (
+        f"{where} gives NaN or infinite activations for calibration batch {batch}, first in {module}; check its "
+        f"weights and the batch, or run the model in bfloat16 or float32"
+    )
+
 
 def statistics_before(
     model: nn.Module, blocks: list[nn.Module], batches: list[Batch], linears: dict[str, nn.Module]
@@ -249,11 +387,11 @@ def statistics_before(
     Raises `ValueError` for one that the batches do not reach.
     """
     sums = {name: _InputGram(module, last=False) for name, module in linears.items()}
-    try:
+    with hooked(gram_sum.register for gram_sum in sums.values()):
         Stream.open(model, blocks, batches)
-    finally:
-        for gram_sum in sums.values():
-            gram_sum.handle.remove()
+    unfit = [name for name, found in sums.items() if not found.finite]
+    if unfit:
+        raise ValueError(f"{unfit[0]} gets NaN or infinite inputs from the calibration data; check it and the weights")
     unseen = [name for name, found in sums.items() if not found.tokens]
     if unseen:
         raise ValueError(
@@ -266,34 +404,34 @@ def statistics_before(
 def block_influence(stream: Stream) -> Tensor:
     """How much each block changes its input, `[blocks]` float64: one minus the mean cosine of input and output.
 
-    Takes the stream from its first block past its last. Padding does not count. Reference: arXiv:2403.03853.
+    Takes the stream from its first block past its last. Reference: arXiv:2403.03853.
     """
     found = []
     for _ in stream.blocks:
         entered = stream.hidden
         stream.advance()
-        cosines = []
-        for before, after, mask in zip(entered, stream.hidden, stream.masks, strict=True):
-            values = cosine_similarity(before.double(), after.double(), dim=-1)
-            cosines.append(values.flatten() if mask is None else values[mask])
+        cosines = [
+            cosine_similarity(before.double(), after.double(), dim=-1).flatten()
+            for before, after in zip(entered, stream.hidden, strict=True)
+        ]
         found.append(1 - torch.cat(cosines).mean())
     return torch.stack(found)
 
 
 class _InputGram:
-    """Adds up the Gram matrix of a module's inputs, without padded tokens; ends the forward pass after the last one."""
+    """Adds up the Gram matrix of a module's inputs; ends the forward pass after the last one."""
 
     def __init__(self, module: nn.Module, last: bool) -> None:
-        self.mask: Tensor | None = None
-        self.last = last
+        self.module, self.last = module, last
         self.tokens = 0
         self.total: Tensor = torch.zeros(())
         self.sum: Tensor = torch.zeros(())
-        self.handle = module.register_forward_pre_hook(self.add)
+
+    def register(self) -> Any:
+        return self.module.register_forward_pre_hook(self.add)
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
-        x = x if self.mask is None else x[self.mask.to(x.device).flatten()]
         product, row = gram(x.float().T), x.sum(0, dtype=torch.float32)
         self.total = product if not self.tokens else self.total.add_(product)
         self.sum = row if not self.tokens else self.sum.add_(row)
@@ -301,20 +439,13 @@ class _InputGram:
         if self.last:
             raise _ReachedError
 
+    @property
+    def finite(self) -> bool:
+        return _finite(self.total) and _finite(self.sum)
+
     def statistics(self) -> Statistics:
         return Statistics(self.total / self.tokens, self.tokens, mean=self.sum / self.tokens)
 
 
-def _skip(blocks: list[nn.Module], seen: list[tuple[tuple[Any, ...], dict[str, Any]]], entry: list[Tensor]) -> None:
-    """Make every block note its arguments and hand its input on; the last one ends the forward pass."""
-    for index, block in enumerate(blocks):
-
-        def note(hidden: Tensor, *args: Any, _last: bool = index == len(blocks) - 1, **kwargs: Any) -> Tensor:
-            if not entry:
-                entry.append(hidden)
-            seen.append((args, kwargs))
-            if _last:
-                raise _ReachedError
-            return hidden
-
-        block.forward = note  # type: ignore[method-assign]
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

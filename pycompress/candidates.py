@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 from pycompress import groups
-from pycompress.calibrate import Batch, Stream, float32, in_float32
+from pycompress.batches import Batch
+from pycompress.calibrate import Stream, contiguous, float32, in_float32, predicted
 from pycompress.groups import KEPT_ROTARY, Geometry
+from pycompress.measure.model import evaluation
 from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
 from pycompress.replace import dense_weight
 from pycompress.resize import resize, scaled_norm
@@ -123,12 +125,8 @@ class Evaluator:
         modules = groups.blocks(model)
         given = list(orders) if orders is not None else [Order()] * len(modules)
         self.blocks = [_Block(model, index, given[index].mlp) for index in range(len(modules))]
-        training = model.training
-        model.eval()
-        try:
+        with evaluation(model):
             stream = Stream.open(model, modules, list(batches))
-        finally:
-            model.train(training)
         wide = in_float32(modules[0]) is not modules[0]
         self.entry = [hidden.float() if wide else hidden for hidden in stream.hidden]
         self.arguments = tree_map(float32, stream.arguments) if wide else stream.arguments
@@ -165,7 +163,9 @@ class Evaluator:
         block, tensors = self.blocks[index].part(kept, self.provider)
         return [
             torch.func.functional_call(block, tensors, (states, *args), kwargs)
-            for states, (args, kwargs) in zip(hidden, (batch[index] for batch in self.arguments), strict=True)
+            for states, (args, kwargs) in zip(
+                hidden, (tree_map(contiguous, batch[index]) for batch in self.arguments), strict=True
+            )
         ]
 
     def _remember(self, key: bytes, hidden: list[Tensor]) -> None:
@@ -317,9 +317,7 @@ def _scored(batches: Sequence[Batch], share: float, seed: int) -> list[tuple[Ten
         ids = batch["input_ids"].cpu()
         predicts = torch.ones(ids.shape, dtype=torch.bool)
         predicts[:, -1] = False
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"].cpu().bool()
-            predicts[:, :-1] = mask[:, 1:] & mask[:, :-1]
+        predicts[:, :-1] = predicted(batch).cpu()
         index = predicts.flatten().nonzero().flatten()
         if share < 1:
             chosen = torch.randperm(len(index), generator=generator)[: math.ceil(share * len(index))]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pycompress.calibrate import Batch
+from pycompress.batches import Batch
 from pycompress.candidates import Encoding, Evaluator, Order, Scorer
 from pycompress.executor import open_executor
 from pycompress.methods.structural import Search

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.calibrate import Batch, Stream, block_influence, first_tokens
+from pycompress.batches import Batch
+from pycompress.calibrate import Stream, block_influence, first_tokens
 from pycompress.candidates import Encoding, Order
 from pycompress.checkpoint import Stage
 from pycompress.evolve import Reformed, evolve, narrowed
@@ -128,8 +129,7 @@ class Pruning:
         Each reads what those before it give, refitted.
         """
         pruned = self._stream()
-        counts = zip(dense.hidden, dense.masks, strict=True)
-        tokens = sum(hidden[..., 0].numel() if mask is None else int(mask.sum()) for hidden, mask in counts)
+        tokens = dense.tokens
 
         def at(old: int, new: int, kept: Kept) -> dict[str, Refitted]:
             for stream, position in ((dense, old), (pruned, new)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from pycompress import batches
 from pycompress.measure.model import embedding, require_positions
 from pycompress.measure.windows import token_windows
 
@@ -23,26 +24,57 @@ class Row(NamedTuple):
     labels: Tensor
 
 
-def source(model: PreTrainedModel, dataset: Any, tokenizer: Any, window: int) -> Sequence[Any]:
-    """`dataset` as something with a length and items: windows of texts `[1, T]`, of a tensor `[T]`, or itself.
+def source(model: PreTrainedModel, dataset: Any, tokenizer: Any, window: int, bos: bool | None = None) -> Sequence[Any]:
+    """`dataset` as something with a length and items: windows of texts `[1, T]`, rows with `input_ids`, or itself.
 
-    Raises `ValueError` or `TypeError` for data of another kind, none at all, or texts without a tokenizer.
+    Data is read as `batches.read` reads it, but a dataset that gives rows with `input_ids` by their index stays as it
+    is, and its rows are read when they are drawn. Raises `ValueError` or `TypeError` for data of another kind, none at
+    all, or texts without a tokenizer.
     """
-    texts = [dataset] if isinstance(dataset, str) else dataset
-    if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
-        if tokenizer is None:
-            raise ValueError("texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
-        return token_windows(model, tokenizer, "\n\n".join(texts), window, count=sys.maxsize)
     if isinstance(dataset, Tensor) and (dataset.ndim != 2 or dataset.dtype != torch.int64):
         raise ValueError(f"token windows must be int64 [N, T], got {dataset.dtype} {list(dataset.shape)}")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if not isinstance(dataset, Sized):
         raise TypeError(
-            f"dataset must be a text, a list of texts, token windows [N, T] or a dataset with a length and items, got "
+            f"dataset must be texts, token windows [N, T], a batch or a dataset with a length and items, got "
             f"{type(dataset).__name__}; of a stream, take as many rows as are needed into a list first"
         )
     if len(dataset) == 0:
         raise ValueError("dataset is empty; give at least one text, window or row")
-    return dataset
+    if isinstance(dataset, Tensor) or _is_map_style(dataset):
+        return dataset  # type: ignore[return-value]
+    first = dataset[0] if isinstance(dataset, list | tuple) else None
+    if isinstance(first, Tensor | tuple) or (isinstance(first, Mapping) and "input_ids" in first):
+        return [row for index, item in enumerate(dataset) for row in _rows(item, index)]
+    entries = batches.read(dataset, "the dataset")
+    if batches.is_ids(entries[0]):
+        return [row for index, item in enumerate(entries) for row in _rows(item, index)]
+    if tokenizer is None:
+        raise ValueError("texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    texts, joined = batches.texts_of(entries, tokenizer, "the dataset"), isinstance(entries[0], str)
+    return [
+        row
+        for text in (["\n\n".join(texts)] if joined else texts)
+        for row in token_windows(model, tokenizer, text, window, count=sys.maxsize, bos=bos if joined else False)
+    ]
+
+
+def _rows(item: Any, index: int) -> list[Any]:
+    """The rows of an item that is a batch of several; a row as it is."""
+    ids = item["input_ids"] if isinstance(item, Mapping) and "input_ids" in item else item
+    several = (
+        len(ids) > 1 and (getattr(ids, "ndim", 1) == 2 or isinstance(ids[0], list)) if batches.is_array(ids) else False
+    )
+    if not several:
+        return [item]
+    return batches.rows_with_labels(item if isinstance(item, Mapping) else {"input_ids": item}, f"item {index}")
+
+
+def _is_map_style(dataset: Any) -> bool:
+    """Whether the dataset gives rows of ids by their index, and is no plain list of them."""
+    if isinstance(dataset, list | tuple | str | Mapping) or hasattr(dataset, "columns"):
+        return False
+    first = dataset[0] if hasattr(dataset, "__getitem__") else None
+    return isinstance(first, Tensor) or (isinstance(first, Mapping) and "input_ids" in first)
 
 
 def draw(model: PreTrainedModel, entries: Sequence[Any], tokens: int, multiple: int, seed: int) -> list[Row]:
@@ -90,13 +122,23 @@ def _row(entry: Any, index: int) -> Row:
     """A window of ids `[T]` or `[1, T]`, or an item with `input_ids`; what its `attention_mask` masks is dropped."""
     item = {"input_ids": entry} if isinstance(entry, Tensor) else entry
     try:
-        ids = torch.as_tensor(item["input_ids"]).flatten()
+        ids = torch.as_tensor(item["input_ids"])
     except (KeyError, TypeError, IndexError, ValueError):
         raise TypeError(
             f"item {index} of the dataset has no ids in ['input_ids'], got {type(entry).__name__}"
         ) from None
-    labels = torch.as_tensor(item["labels"]).flatten() if "labels" in item else ids
-    if "attention_mask" in item:
+    if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
+        raise ValueError(
+            f"item {index} of the dataset is {list(ids.shape)}, and a row is [T]; give its rows one by one"
+        )
+    ids = ids.flatten()
+    positions = item.get("position_ids") if hasattr(item, "get") else None
+    if positions is not None and bool((torch.as_tensor(positions).flatten().diff() != 1).any()):
+        raise ValueError(
+            f"item {index} of the dataset has position_ids, which are not passed on; give a row a document"
+        )
+    labels = torch.as_tensor(item["labels"]).flatten() if item.get("labels") is not None else ids
+    if item.get("attention_mask") is not None:
         attended = torch.as_tensor(item["attention_mask"]).flatten().bool()
         ids, labels = ids[attended], labels[attended]
     if len(ids) < 2 or len(labels) != len(ids):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from pycompress.calibrate import Batch, in_float32
-from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
+from pycompress.batches import Batch
+from pycompress.calibrate import Stream, in_float32, predicted
+from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits, last_hidden, require_known_head
+from pycompress.state import forwards, hooked, kept
 
 # A token's squared gradient counts up to this many times the median one.
 CLIP = 10.0
@@ -37,7 +40,7 @@ def loss_sensitivity(
         counts[name] += len(gradient)
 
     _gradients(model, blocks, batches, names, add, progress)
-    return _checked({name: (sums[name] / counts[name]).float() for name in names})
+    return _checked({name: (sums[name] / counts[name]).float() for name in names}, model, blocks, batches)
 
 
 def loss_covariance(
@@ -55,13 +58,13 @@ def loss_covariance(
     def add(name: str, gradient: Tensor) -> None:
         gradient = gradient[..., 1:, :].flatten(0, -2)
         squares = gradient.double().square().sum(1)
-        scale = (CLIP * squares.median() / squares.clamp(min=1e-300)).clamp(max=1).sqrt()
+        scale = (CLIP * _median(squares) / squares.clamp(min=1e-300)).clamp(max=1).sqrt()
         gradient = gradient.double() * scale[:, None]
         sums[name] = sums.get(name, 0) + gradient.T @ gradient
         counts[name] += len(gradient)
 
     _gradients(model, blocks, batches, names, add, progress)
-    return _checked({name: (sums[name] / counts[name]).float() for name in names})
+    return _checked({name: (sums[name] / counts[name]).float() for name in names}, model, blocks, batches)
 
 
 def weight_saliency(
@@ -93,20 +96,14 @@ def weight_saliency(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in weights]
-    try:
-        with _frozen(model), _recomputed(blocks):
-            head = in_float32(model.get_output_embeddings())
-            for batch in progress(batches):
-                _backward(model, head, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    tokens = sum(
-        int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        for batch in batches
-    )
-    return {name: ((rows[name] / tokens).float(), (columns[name] / tokens).float()) for name in weights}
+    register = [partial(model.get_submodule(name).register_forward_hook, record(name)) for name in weights]
+    with hooked(register):
+        _run(model, blocks, batches, progress, lambda batch: None)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    found = {name: ((rows[name] / tokens).float(), (columns[name] / tokens).float()) for name in weights}
+    if not all(bool(torch.isfinite(part).all()) for parts in found.values() for part in parts):
+        raise ValueError(_no_gradient(model, blocks, batches))
+    return found
 
 
 def _gradients(
@@ -124,24 +121,58 @@ def _gradients(
     def record(name: str) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
         return lambda module, inputs, outputs: take(name, outputs[0].reshape(*shape, -1))
 
-    handles = [model.get_submodule(name).register_full_backward_hook(record(name)) for name in names]
-    try:
-        with _frozen(model), _recomputed(blocks):
-            head = in_float32(model.get_output_embeddings())
-            for batch in progress(batches):
-                shape[:] = batch["input_ids"].shape
-                _backward(model, head, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def note(batch: Batch) -> None:
+        shape[:] = batch["input_ids"].shape
+
+    with hooked(partial(model.get_submodule(name).register_full_backward_hook, record(name)) for name in names):
+        _run(model, blocks, batches, progress, note)
 
 
-def _checked(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+def _run(
+    model: Any,
+    blocks: list[nn.Module],
+    batches: list[Batch],
+    progress: Callable[[Any], Any],
+    note: Callable[[Batch], None],
+) -> None:
+    """The loss of each batch forward and back, after `note` has seen the batch."""
+    if not any(bool(predicted(batch).any()) for batch in batches):
         raise ValueError(
-            "the model's loss on the calibration data has no finite gradient; check the data and the weights"
+            "the calibration data predicts no token, so the loss has no gradient; give rows of two or more"
         )
+    with torch.no_grad():
+        require_known_head(model, batches[0]["input_ids"][0, :8])
+    with kept(model), _recomputed(blocks):
+        model.requires_grad_(False)
+        head = in_float32(model.get_output_embeddings())
+        for batch in progress(batches):
+            note(batch)
+            _backward(model, head, batch)
+
+
+def _median(squares: Tensor) -> Tensor:
+    """Of the tokens, or where most of them predict nothing of those that do; 0 for none."""
+    middle = squares.median() if len(squares) else squares.sum()
+    if middle > 0 or not bool((squares > 0).any()):
+        return middle
+    return squares[squares > 0].median()
+
+
+def _checked(found: dict[str, Tensor], model: Any, blocks: list[nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
+    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+        raise ValueError(_no_gradient(model, blocks, batches))
     return found
+
+
+def _no_gradient(model: Any, blocks: list[nn.Module], batches: list[Batch]) -> str:
+    """Why: a block's activations, or else the loss itself."""
+    try:
+        stream = Stream.open(model, blocks, batches)
+        for _ in blocks:
+            stream.advance()
+    except ValueError as error:
+        return str(error)
+    return "the model's loss on the calibration data has no finite gradient; check the data and the weights"
 
 
 class _Tap(torch.autograd.Function):
@@ -165,15 +196,19 @@ class _Tap(torch.autograd.Function):
 @torch.enable_grad()
 def _backward(model: Any, head: Callable[[Tensor], Tensor], batch: Batch) -> None:
     """Gradients of the summed cross-entropy, the logits formed for a slice of tokens at a time."""
-    device = model.get_input_embeddings().weight.device
-    ids = batch["input_ids"].to(device)
-    mask = batch["attention_mask"].to(device) if "attention_mask" in batch else None
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    hidden = model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+    embedding = model.get_input_embeddings()
+    inputs = {name: tensor.to(embedding.weight.device) for name, tensor in batch.items()}
+    ids, keep = inputs["input_ids"], predicted(inputs)
+    if not bool(keep.any()):
+        return
+    # Weights are frozen, so the embedded tokens are where gradients end.
+    with hooked(
+        [lambda: embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())]
+    ):
+        hidden = last_hidden(model, **inputs)
     last = hidden.detach().requires_grad_()
-    keep = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
     positions, targets = last[:, :-1][keep], ids[:, 1:][keep]
-    at_once = max(1, LOGITS_AT_ONCE // len(model.get_input_embeddings().weight))
+    at_once = max(1, LOGITS_AT_ONCE // len(embedding.weight))
     for part, target in zip(positions.split(at_once), targets.split(at_once), strict=True):
         loss = cross_entropy(head_logits(model, part, head).float(), target, reduction="sum")
         loss.backward(retain_graph=True)
@@ -181,42 +216,20 @@ def _backward(model: Any, head: Callable[[Tensor], Tensor], batch: Batch) -> Non
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient inside."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     """Blocks forget their activations and compute them again on the way back."""
 
-    def wrap(block: nn.Module) -> Callable[..., Any]:
-        forward = block.forward
-
+    def make(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def wide(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             # The functional call needs the block's own forward.
+            again = block.forward
             block.forward = forward  # type: ignore[method-assign]
             try:
                 return in_float32(block)(hidden, *args, **kwargs).to(hidden.dtype)
             finally:
                 block.forward = again  # type: ignore[method-assign]
 
-        def again(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(wide, *args, use_reentrant=False, **kwargs)
+        return lambda *args, **kwargs: checkpoint(wide, *args, use_reentrant=False, **kwargs)
 
-        return again
-
-    for block in blocks:
-        block.forward = wrap(block)  # type: ignore[method-assign]
-    try:
+    with forwards(blocks, make):
         yield
-    finally:
-        for block in blocks:
-            del block.forward

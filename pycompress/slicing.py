@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.calibrate import Batch, Stream, first_tokens
+from pycompress.batches import Batch
+from pycompress.calibrate import Stream, first_tokens
 from pycompress.checkpoint import Stage
 from pycompress.groups import architecture_of, blocks, geometry
 from pycompress.layers import SlicedBlock
@@ -154,7 +155,7 @@ class Slicing:
         stream.blocks[index] = sliced_block(self.model, dense, (entry, middle, None))
         if index < len(self.dense) - 1:
             outputs = [output for output in stream.run() if output is not None]
-            leave = basis("leave", 1, map(_unpadded, outputs, stream.masks))
+            leave = basis("leave", 1, (output.flatten(0, -2) for output in outputs))
             stream.enter_next([output @ leave.encoder.to(output) for output in outputs])
         if known is None:
             self.saved.save_bases(index, made)
@@ -185,8 +186,3 @@ class Slicing:
                 kind = f"dense {weight.shape[0]}x{weight.shape[1]}"
                 rows.append(Row(self._name(index, path), index, kind, before, after, after, float("nan"), 0.0))
         return rows
-
-
-def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`x [B, T, D]` as `[T, D]`, without padded tokens."""
-    return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]

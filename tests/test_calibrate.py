@@ -106,10 +106,14 @@ def test_block_influence_is_one_minus_the_mean_cosine(tiny_model):
     mask[1, 20:] = 0
     batch = {"input_ids": IDS, "attention_mask": mask}
     seen = []
-    for block in groups.blocks(model):
+    hooks = [
         block.register_forward_hook(lambda m, a, y: seen.append((a[0][mask.bool()], y[mask.bool()])))
+        for block in groups.blocks(model)
+    ]
     with torch.no_grad():
         model(**batch)
+    for hook in hooks:
+        hook.remove()
     expected = [1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean() for x, y in seen]
     found = block_influence(Stream.open(model, groups.blocks(model), prepare(model, [batch], None)))
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)

@@ -11,14 +11,14 @@ TEXT = "the quick brown fox jumps over the lazy dog, then sleeps. " * 3
 
 
 class Letters:
-    """A tokenizer of one id a letter."""
+    """A tokenizer of one id a letter, which puts its BOS, if it has one, before a text."""
 
     def __init__(self, bos_token_id=None):
         self.bos_token_id = bos_token_id
 
     def __call__(self, text, add_special_tokens, verbose=True):
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
+        prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return {"input_ids": [*prefix, *(ord(letter) % 90 + 3 for letter in text)]}
 
 
 def plain_perplexity(model, ids, bos, window):
@@ -63,9 +63,53 @@ def test_without_a_bos_the_first_token_of_a_window_is_not_scored(tiny_model):
     assert got == pytest.approx(plain_perplexity(model, ids, None, 31), rel=1e-4)
 
 
-def test_the_model_gives_the_bos_that_its_tokenizer_lacks(tiny_model):
+def test_a_bos_is_the_tokenizers_choice(tiny_model):
     model = tiny_model("LlamaForCausalLM")
-    assert perplexity(model, Letters(None), TEXT, window=31) == perplexity(model, Letters(1), TEXT, window=31)
+    ids = Letters()(TEXT, add_special_tokens=False)["input_ids"]
+    without, having = (plain_perplexity(model, ids, bos, 31) for bos in (None, 1))
+    silent = Letters(None)
+    silent.bos_token_id = 1
+    silent.__class__ = type("Silent", (Letters,), {"__call__": lambda self, text, **_: Letters()(text, False)})
+    for tokenizer in (Letters(None), silent):  # one has no BOS, one does not put it before texts
+        assert perplexity(model, tokenizer, TEXT, window=31) == pytest.approx(without, rel=1e-4)
+        assert perplexity(model, tokenizer, TEXT, window=31, bos=True) == pytest.approx(having, rel=1e-4)
+    assert perplexity(model, Letters(1), TEXT, window=31) == pytest.approx(having, rel=1e-4)
+    assert perplexity(model, Letters(1), TEXT, window=31, bos=False) == pytest.approx(without, rel=1e-4)
+    with pytest.raises(ValueError, match="neither the tokenizer nor the model has a BOS"):
+        perplexity(tiny_model("LlamaForCausalLM", bos_token_id=None), Letters(), TEXT, bos=True)
+
+
+def test_autocast_and_the_default_dtype_do_not_reach_it(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    model.model.layers[0].eval()
+    model.model.layers[1].train()
+    expected = perplexity(model, Letters(1), TEXT, window=31)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert perplexity(model, Letters(1), TEXT, window=31) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [layer.training for layer in model.model.layers] == [False, True]
+    model.train(False)
+
+
+def test_windows_fit_a_model_of_few_positions(tiny_model):
+    model = tiny_model("GPT2LMHeadModel")
+    assert {w.shape for w in token_windows(model, Letters(1), TEXT)} == {(1, 64)}
+    assert {w.shape for w in token_windows(model, Letters(), TEXT)} == {(1, 64)}
+
+
+def test_texts_are_read_in_any_form_and_a_path_is_none(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    expected = perplexity(model, Letters(1), f"{TEXT}\n\n{TEXT}", window=31)
+    assert perplexity(model, Letters(1), [TEXT, TEXT], window=31) == expected
+    assert perplexity(model, Letters(1), {"text": [TEXT, TEXT]}, window=31) == expected
+    for path in ("wikitext-2/test.txt", "wikitext"):
+        with pytest.raises(ValueError, match=r"reads as a path, a key or a dataset's name"):
+            perplexity(model, Letters(1), path)
+    with pytest.raises(TypeError, match="must be a text or texts, got token ids"):
+        perplexity(model, Letters(1), torch.ones(1, 5, dtype=torch.long))
 
 
 def test_overlapping_windows_score_every_token_once_with_more_context(tiny_model):

@@ -273,7 +273,7 @@ def test_texts_are_windows_with_the_models_bos(llama):
         def __call__(self, text, **settings):
             return {"input_ids": [ord(letter) - 30 for letter in text]}
 
-    entries = source(llama, ["ABCD", "EFGH"], Bytes(), window=5)
+    entries = source(llama, ["ABCD", "EFGH"], Bytes(), window=5, bos=True)
     letters = [ord(letter) - 30 if letter != "\n" else -20 for letter in "ABCD\n\nEFGH"]
     assert [entry.tolist() for entry in entries] == [[[1, *letters[:5]]], [[1, *letters[5:]]]]
 

@@ -72,8 +72,8 @@ def _perplexity(model: PreTrainedModel, tokenizer: Any, text: str, request: Requ
 
 def _continuation(model: PreTrainedModel, tokenizer: Any, text: str, tokens: int) -> str:
     """What the model writes, greedily, after the first sentence of the text."""
-    ids, bos = tokenise(model, tokenizer, opening(text))
-    prompt = torch.cat([torch.tensor([] if bos is None else [bos], dtype=torch.long), ids])[None]
+    ids, prefix = tokenise(model, tokenizer, opening(text))
+    prompt = torch.cat([prefix, ids])[None]
     with torch.inference_mode():
         generate: Any = model.generate
         written = generate(

@@ -15,9 +15,15 @@ def embedding(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a text may have at most, by the model's config; None where it does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
 def require_positions(model: PreTrainedModel, tokens: int, made_of: str) -> None:
     """Raise `ValueError` when `tokens` positions are more than the model has; `made_of` says where they come from."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model)
     if limit is not None and tokens > limit:
         raise ValueError(
             f"{type(model).__name__} has {limit} positions, got {tokens} ({made_of}); make that at most {limit}"
@@ -26,11 +32,17 @@ def require_positions(model: PreTrainedModel, tokens: int, made_of: str) -> None
 
 @contextmanager
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off for the block and put each module's own mode back after it."""
+    """Switch dropout off for the block, and outputs by name on; each module's mode and the configs come back after."""
     training = [module for module in model.modules() if module.training]
+    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    tuples = [config for config in configs if not config.return_dict]
     model.eval()
     try:
+        for config in tuples:
+            config.return_dict = True
         yield
     finally:
+        for config in tuples:
+            config.return_dict = False
         for module in training:
             module.training = True

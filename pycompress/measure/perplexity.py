@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from pycompress.batches import joined
 from pycompress.measure.model import embedding, evaluation
 from pycompress.measure.windows import require_window, tokenise
+from pycompress.state import kept, neutral
 
 LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32: 128 tokens of a 262k vocabulary
 
@@ -20,17 +22,20 @@ LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32: 128 tokens of a 262k vocabulary
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
-    text: str,
+    text: Any,
     window: int = 512,
     stride: int | None = None,
     max_windows: int | None = None,
+    bos: bool | None = None,
 ) -> float:
     """exp of the mean cross-entropy, in nats a token, over all predicted tokens of `text`.
 
-    The text is tokenised without special tokens and cut into consecutive windows of `window` ids; the last may be
-    shorter. The model's BOS, where it has one, goes before each window, so that its first token is predicted too.
-    `stride < window` moves the window by `stride` ids and scores only the ids the previous windows have not scored.
-    `max_windows` stops early. Cross-entropy is in fp32; logits exist for a slice of tokens at a time.
+    `text`: a text, or several in any form that `apply` takes texts in, joined. It is tokenised without special tokens
+    and cut into consecutive windows of `window` ids; the last may be shorter. What the tokenizer itself puts before a
+    text (of most a BOS, of Qwen's nothing) goes before each window, so that its first token is predicted too; `bos`:
+    True for a BOS in any case, False for none. `stride < window` moves the window by `stride` ids and scores only the
+    ids the previous windows have not scored. `max_windows` stops early. Cross-entropy is in fp32 and autocast does not
+    reach it; logits exist for a slice of tokens at a time.
 
     Returns infinity when the mean exceeds what exp can hold, and NaN when the model gives NaN.
     Raises `ValueError` for a window or stride out of range, for a text of fewer than two tokens, for a tokenizer
@@ -38,15 +43,15 @@ def perplexity(
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows must be at least 1, got {max_windows}")
-    ids, bos = tokenise(model, tokenizer, text)
-    stride = _checked_stride(model, window, stride, bos)
+    ids, prefix = tokenise(model, tokenizer, joined(text, "the text", tokenizer), bos)
+    stride = _checked_stride(model, window, stride, prefix)
     total, count = 0.0, 0
-    with evaluation(model), torch.inference_mode():
+    with kept(model), neutral(), evaluation(model), torch.inference_mode():
         require_known_head(model, ids[:8])
         for index, (context, new) in enumerate(_windows(ids, window, stride)):
             if max_windows is not None and index >= max_windows:
                 break
-            tokens = context if bos is None else torch.cat([torch.tensor([bos]), context])
+            tokens = torch.cat([prefix, context])
             scored = min(new, len(tokens) - 1)
             total += _cross_entropy(model, tokens, scored)
             count += scored
@@ -54,8 +59,8 @@ def perplexity(
     return math.inf if mean > 700 else math.exp(mean)
 
 
-def _checked_stride(model: PreTrainedModel, window: int, stride: int | None, bos: int | None) -> int:
-    require_window(model, window, bos)
+def _checked_stride(model: PreTrainedModel, window: int, stride: int | None, prefix: Tensor) -> int:
+    require_window(model, window, prefix)
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to the window ({window}), got {stride}")
@@ -77,7 +82,7 @@ def _windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, in
 def _cross_entropy(model: PreTrainedModel, tokens: Tensor, scored: int) -> float:
     """Summed cross-entropy of the last `scored` of `tokens [T]`."""
     tokens = tokens.to(embedding(model).device)
-    hidden = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -scored - 1 : -1]
+    hidden = last_hidden(model, input_ids=tokens[None])[0, -scored - 1 : -1]
     targets = tokens[-scored:].to(hidden.device)
     at_once = max(1, LOGITS_AT_ONCE // len(embedding(model)))
     total = 0.0
@@ -97,14 +102,20 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor],
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """Hidden states `[B, T, d]` that the head reads, whatever the model's config says of outputs."""
+    hidden: Tensor = model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    return hidden
+
+
 def require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise `ValueError` for a model that scales or shifts its logits in a way `head_logits` does not know.
 
     `tokens [T]`: a few ids to try it on.
     """
     tokens = tokens[None].to(embedding(model).device)
-    expected = model(input_ids=tokens, use_cache=False).logits[0].float()
-    got = head_logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
+    expected = model(input_ids=tokens, use_cache=False, return_dict=True).logits[0].float()
+    got = head_logits(model, last_hidden(model, input_ids=tokens)[0]).float()
     difference, scale = (got - expected).abs().max(), expected.abs().max()
     # NaN is not greater, so a model that gives it passes here and shows it in its perplexity.
     if difference > 1e-2 * scale:
