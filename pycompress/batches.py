@@ -260,11 +260,12 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _is_row(value: Any) -> bool:
-    """A list of ids, or of rows of them."""
+    """A list of two ids or more, or of rows of ids."""
     if not isinstance(value, list) or not value:
         return False
-    first = value[0][0] if isinstance(value[0], list) and value[0] else value[0]
-    return isinstance(first, int | np.integer) and not isinstance(first, bool)
+    nested = isinstance(value[0], list)
+    first = value[0][0] if nested and value[0] else value[0]
+    return isinstance(first, int | np.integer) and not isinstance(first, bool) and (nested or len(value) > 1)
 
 
 def is_array(value: Any) -> bool:

@@ -44,7 +44,8 @@ def source(model: PreTrainedModel, dataset: Any, tokenizer: Any, window: int, bo
         return dataset  # type: ignore[return-value]
     first = dataset[0] if isinstance(dataset, list | tuple) else None
     if isinstance(first, Tensor | tuple) or (isinstance(first, Mapping) and "input_ids" in first):
-        return [row for index, item in enumerate(dataset) for row in _rows(item, index)]
+        items: Sequence[Any] = dataset  # type: ignore[assignment]
+        return [row for index, item in enumerate(items) for row in _rows(item, index)]
     entries = batches.read(dataset, "the dataset")
     if batches.is_ids(entries[0]):
         return [row for index, item in enumerate(entries) for row in _rows(item, index)]

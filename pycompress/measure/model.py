@@ -34,7 +34,8 @@ def require_positions(model: PreTrainedModel, tokens: int, made_of: str) -> None
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Switch dropout off for the block, and outputs by name on; each module's mode and the configs come back after."""
     training = [module for module in model.modules() if module.training]
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    config = getattr(model, "config", None)  # what is no model of transformers is refused elsewhere
+    configs = [] if config is None else {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     tuples = [config for config in configs if not config.return_dict]
     model.eval()
     try:
