@@ -92,7 +92,7 @@ def is_ids(entry: Any) -> bool:
 
 
 def unpadded(entry: Mapping[str, Any], what: str) -> list[Batch]:
-    """The rows of a batch without their padding: as they are where there is none, else those of a length together.
+    """The rows of a batch without their padding: as they are where there is none, else one by one.
 
     `input_ids [B, T]` or `[T]`, and `attention_mask` of the same shape, ones where a row's text is. Other tensors go
     along: those `[B, T]` token by token, those with B entries row by row. `labels` are left out. Positions that count
@@ -113,15 +113,7 @@ def unpadded(entry: Mapping[str, Any], what: str) -> list[Batch]:
     mask = _mask(entry.get("attention_mask"), ids, what)
     if mask is None:
         return [_without_plain_positions(tensors)]
-    rows = [_row(tensors, index, span, what) for index, span in _spans(mask, what)]
-    batches: list[list[Batch]] = []
-    for row in map(_without_plain_positions, rows):
-        shapes = {name: tensor.shape for name, tensor in row.items()}
-        if batches and {name: tensor.shape for name, tensor in batches[-1][0].items()} == shapes:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return [{name: torch.cat([row[name] for row in same]) for name in same[0]} for same in batches]
+    return [_without_plain_positions(_row(tensors, index, span, what)) for index, span in _spans(mask, what)]
 
 
 def rows_with_labels(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
@@ -136,11 +128,6 @@ def rows_with_labels(entry: Mapping[str, Any], what: str) -> list[dict[str, Any]
             raise ValueError(f"{name} of {what} must be {list(ids.shape)}, got {list(found.shape)}")
         named[name] = found.reshape(ids.shape)
     return list(_rows({IDS: ids} | named, len(ids), what))
-
-
-def rows_of(ids: Tensor) -> Tensor:
-    """Ids `[B, T]` of a tensor `[B, T]` or `[T]`."""
-    return ids if ids.ndim != 1 else ids[None]
 
 
 def warn(message: str) -> None:

@@ -25,6 +25,7 @@ from pycompress.ops.gram import gram
 from pycompress.state import forwards, hooked
 
 FEW_TOKENS = 100
+TOKENS_AT_ONCE = 4096
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each block
 
 
@@ -44,14 +45,12 @@ def prepare(model: Any, calibration: Any, tokenizer: Any, bos: bool | None = Non
         if tokenizer is None:
             raise ValueError("calibration texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
         entries = _windows(model, tokenizer, entries, bos)
-    elif isinstance(calibration, Tensor):
-        entries = [{batches.IDS: part} for part in batches.rows_of(calibration).split(8)]
-    found = [
+    found = _stacked(
         _taken(model, batch, f"entry {index} of calibration")
         for index, entry in enumerate(entries)
         for batch in batches.unpadded(entry, f"entry {index} of calibration")
         if batch["input_ids"].numel()
-    ]
+    )
     if not found:
         raise ValueError("calibration holds no token; give at least one window of text")
     _check(model, found)
@@ -89,6 +88,28 @@ def fingerprint(batches: Iterable[Batch]) -> str:
             digest.update(name.encode() + str(tuple(batch[name].shape)).encode())
             digest.update(batch[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _stacked(given: Iterable[Batch]) -> list[Batch]:
+    """The same rows, those of one length that follow each other in batches of about `TOKENS_AT_ONCE`, so that results
+    do not depend on how the rows came. Batches with images stay as they are.
+    """
+    found: list[list[Batch]] = []
+    shapes: dict[str, Any] = {}
+    for batch in given:
+        if "pixel_values" in batch:
+            found.append([batch])
+            shapes = {}
+            continue
+        for index in range(len(batch["input_ids"])):
+            row = {name: tensor[index : index + 1] for name, tensor in batch.items()}
+            own = {name: tensor.shape for name, tensor in row.items()}
+            if own == shapes and (len(found[-1]) + 1) * row["input_ids"].shape[1] <= TOKENS_AT_ONCE:
+                found[-1].append(row)
+            else:
+                found.append([row])
+            shapes = own
+    return [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in found]
 
 
 def _windows(model: Any, tokenizer: Any, entries: list[Any], bos: bool | None) -> list[Any]:
