@@ -14,6 +14,8 @@ from torch import nn
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What of a module beside its tensors and children decides how it runs, and may be set on the instance.
 ATTRIBUTES = ("forward", "gradient_checkpointing", "_gradient_checkpointing_func")
+# What of a config says in which form outputs come.
+OUTPUTS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 _ABSENT = object()
 
 
@@ -23,7 +25,7 @@ def kept(*models: nn.Module) -> Iterator[None]:
 
     Of every module that is still in its model: train or eval mode, hooks of this package, a forward or gradient
     checkpointing set on the instance. Of every parameter: whether it takes a gradient, and the one it holds. A module
-    that took another's place gets its mode. Of the process: the random generators of Python, NumPy and torch, the
+    that took another's place gets its mode. Of the config: in which form outputs come. Of the process: the random generators of Python, NumPy and torch, the
     default dtype, threads, deterministic algorithms, and the precision of float32 products.
     """
     with ExitStack() as stack:
@@ -98,8 +100,7 @@ def _model(model: nn.Module) -> Iterator[Callable[[], None]]:
     attributes = {name: [m.__dict__.get(key, _ABSENT) for key in ATTRIBUTES] for name, m in modules.items()}
     known = {name: {kind: set(getattr(m, kind)) for kind in HOOKS} for name, m in modules.items()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", _ABSENT)
+    outputs = {key: getattr(config, key) for config in _configs(model) for key in OUTPUTS if hasattr(config, key)}
 
     def restore() -> None:
         for name, module in model.named_modules():
@@ -118,10 +119,18 @@ def _model(model: nn.Module) -> Iterator[Callable[[], None]]:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
-        if use_cache is not _ABSENT and getattr(config, "use_cache", _ABSENT) != use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for config in _configs(model):
+            for key, value in outputs.items():
+                if getattr(config, key, value) != value:
+                    setattr(config, key, value)
 
     yield restore
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The model's config as it is now, which may be another than before, and that of its decoder."""
+    config: Any = getattr(model, "config", None)
+    return [] if config is None else [config, config.get_text_config(decoder=True)]
 
 
 def _process() -> Iterator[Callable[[], None]]:

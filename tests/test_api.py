@@ -1,7 +1,10 @@
 """`apply` end to end on tiny models: what it changes, what it reports, what it refuses."""
 
 import json
+import random
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 import pycompress
 from pycompress import RTN, SWSC, LowRank, groups, hub
 from pycompress.layers import SharedLinear
+from pycompress.state import HOOKS
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -232,3 +236,121 @@ def test_a_compressed_model_is_not_compressed_again(tiny_model):
     pycompress.apply(model, SWSC(0.5), IDS, progress=False)
     with pytest.raises(ValueError, match="compressed already"):
         pycompress.apply(model, SWSC(0.5), IDS, progress=False)
+
+
+RECIPES = [SWSC(0.5, share="input"), pycompress.SubnetSearch(0.7), pycompress.SliceGPT(0.8), pycompress.FLAP(0.7)]
+
+
+def everything(model):
+    """What a call may not leave changed of a model and of the process."""
+    return {
+        "tensors": [(name, tensor.data_ptr(), tensor._version) for name, tensor in model.named_parameters()],
+        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "gradients": [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],
+        "hooks": [hook for m in model.modules() for kind in HOOKS for hook in getattr(m, kind).values()],
+        "forwards": [id(module.__dict__.get("forward")) for module in model.modules()],
+        "config": model.config.to_dict(),
+        "record": hub.compressed_modules(model),
+        "generators": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "process": (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()),
+    }
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt at a line of this package, the `at`-th one that runs; counts them."""
+
+    def __init__(self, at=None):
+        self.at, self.seen = at, 0
+
+    def __call__(self, frame, event, argument):
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith("pycompress") or name == "pycompress.state":
+            return None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.at:
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, call):
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.name)
+def test_an_interruption_at_any_line_leaves_everything_as_it_was(config, tiny_model):
+    def run(model):
+        return lambda: pycompress.apply(model, config, IDS[:, :12], progress=False)
+
+    count = Interrupted()
+    count.run(run(tiny_model("LlamaForCausalLM")))
+    model = tiny_model("LlamaForCausalLM").train()
+    model.model.layers[1].mlp.eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = everything(model)
+    for at in random.Random(3).sample(range(2, count.seen), 8):
+        with pytest.raises(KeyboardInterrupt):
+            Interrupted(at).run(run(model))
+        assert everything(model) == before
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.name)
+def test_what_the_caller_has_switched_on_changes_nothing(config, tiny_model):
+    plain, other = tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
+    pycompress.apply(plain, config, IDS, progress=False)
+    other.config.return_dict = False
+    random.seed(5)
+    torch.manual_seed(5)
+    generators = everything(other)["generators"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+            pycompress.apply(other, config, IDS, progress=False)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(state(plain), state(other))
+    assert everything(other)["generators"] == generators
+    assert other.config.return_dict is False
+
+
+def test_modes_stay_module_by_module(tiny_model):
+    model = tiny_model("LlamaForCausalLM").train()
+    model.model.layers[1].eval()
+    pycompress.apply(model, [pycompress.SubnetSearch(0.8), SWSC(0.5)], IDS, progress=False)
+    assert model.training
+    assert all(module.training for module in model.model.layers[0].modules())
+    assert not any(module.training for module in model.model.layers[1].modules())
+
+
+@pytest.mark.parametrize("config", [*RECIPES, pycompress.LayerDrop(0.6)], ids=lambda config: config.name)
+def test_hooks_that_record_outputs_are_none_of_the_users(config, tiny_model):
+    model, fresh = (
+        tiny_model("LlamaForCausalLM", num_hidden_layers=3),
+        tiny_model("LlamaForCausalLM", num_hidden_layers=3),
+    )
+    model(IDS, output_hidden_states=True, output_attentions=True)
+    for each in (model, fresh):
+        pycompress.apply(each, config, IDS, progress=False)
+    found = model(IDS, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, fresh(IDS).logits)
+    assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("config", [*RECIPES[1:], pycompress.LayerDrop(0.6)], ids=lambda config: config.name)
+@pytest.mark.parametrize("path", ["", ".mlp", ".self_attn.q_proj"])
+def test_a_forward_that_pruning_would_leave_stale_is_refused_before_anything_is_measured(
+    config, path, tiny_model, monkeypatch
+):
+    monkeypatch.setattr(pycompress.calibrate.Stream, "open", None)
+    for wrap in (torch.compile, lambda forward: lambda *args, **kwargs: forward(*args, **kwargs)):
+        model = tiny_model("LlamaForCausalLM")
+        module = model.get_submodule(f"model.layers.1{path}")
+        module.forward = wrapped = wrap(module.forward)
+        with pytest.raises(ValueError, match=rf"model.layers.1{path} has a forward of its own in place of"):
+            pycompress.apply(model, config, IDS, progress=False)
+        assert module.forward is wrapped

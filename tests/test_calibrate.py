@@ -1,7 +1,11 @@
 """Hidden states go through the blocks as through the model; Gram matrices are those of the layers' inputs."""
 
+import warnings
+
+import pytest
 import torch
 
+import pycompress
 from pycompress import groups
 from pycompress.calibrate import Stream, block_influence, first_tokens, prepare
 from pycompress.replace import dense_weight
@@ -117,3 +121,107 @@ def test_block_influence_is_one_minus_the_mean_cosine(tiny_model):
     expected = [1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean() for x, y in seen]
     found = block_influence(Stream.open(model, groups.blocks(model), prepare(model, [batch], None)))
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)
+
+
+METHODS = [
+    pycompress.SWSC(0.5),
+    pycompress.Prune("wanda", sparsity=0.5),
+    pycompress.Prune("sparsegpt", sparsity=0.5),
+    pycompress.SubnetSearch(0.7),
+    pycompress.FLAP(0.7),
+    pycompress.Taylor(0.7),
+    pycompress.LayerDrop(0.6),
+    pycompress.SliceGPT(0.8),
+    pycompress.SliceGPT(0.8, weighting="none"),
+]
+
+
+def padded(lengths, side):
+    """Rows of `IDS` of these lengths in a batch padded to the longest, the padding of random ids."""
+    longest = max(lengths)
+    ids = torch.randint(3, 97, (len(lengths), longest), generator=torch.Generator().manual_seed(7))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        at = slice(longest - length, None) if side == "left" else slice(length)
+        ids[row, at], mask[row, at] = IDS[row, :length], 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.name}-{getattr(config, 'weighting', '')}")
+def test_padding_counts_for_nothing_in_any_method(config, side, tiny_model):
+    # Positions are learnt, so that a shifted row shows; most of the batch is padding.
+    lengths = [24, 5, 7, 24, 3]
+    plain, shifted = tiny_model("GPT2LMHeadModel"), tiny_model("GPT2LMHeadModel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pycompress.apply(plain, config, [IDS[row, :n] for row, n in enumerate(lengths)], progress=False)
+        pycompress.apply(shifted, config, padded(lengths, side), progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(shifted(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_are_apart(architecture, tiny_model):
+    """Two documents in one row, told apart by positions that begin anew, count as two rows do."""
+    model = tiny_model(architecture)
+    names = [linear.name for linear in groups.linears(model)]
+    packed = {"input_ids": IDS.view(-1)[:48][None], "position_ids": torch.arange(48)[None] % 24}
+    found, expected = (
+        loss_sensitivity(model, groups.blocks(model), prepare(model, data, None), names) for data in ([packed], IDS[:2])
+    )
+    for name in names if architecture != "OPTForCausalLM" else ():  # whose attention knows nothing of documents
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.name}-{getattr(config, 'weighting', '')}")
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("model.embed_tokens", "before block 0 gives NaN or infinite activations .* first in model.embed_tokens"),
+        ("model.layers.1.input_layernorm", "block 1 gives NaN or infinite activations .* first in (input_layernorm|self_attn.q_proj)"),
+    ],
+)
+def test_activations_that_are_not_finite_are_named(config, path, named, tiny_model):
+    model = tiny_model("LlamaForCausalLM", num_hidden_layers=3)
+    with torch.no_grad():
+        model.get_submodule(path).weight[int(IDS[0, 5]) if "embed" in path else 3] = torch.inf
+    with pytest.raises(ValueError, match=named):
+        pycompress.apply(model, config, IDS, progress=False)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_masks_take_the_memory_of_the_longest_row(tiny_model):
+    model = tiny_model("LlamaForCausalLM", attn_implementation="eager")
+    rows = [torch.randint(3, 97, (1, length)) for length in (60, 64, 20, 33)]
+    stream = Stream.open(model, groups.blocks(model), prepare(model, rows, None))
+    masks = [kwargs["attention_mask"] for ((_, kwargs), *_) in stream.arguments]
+    assert [mask.shape[-1] for mask in masks] == [60, 64, 20, 33]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
+
+
+def test_a_model_that_does_more_to_its_logits_has_no_gradient_taken(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits / 8))
+    with pytest.raises(ValueError, match="changes its logits after the output embedding"):
+        pycompress.apply(model, pycompress.SWSC(0.5), IDS, progress=False)
+
+
+def test_a_loss_over_rows_of_one_token_is_refused(tiny_model):
+    for config in (pycompress.SWSC(0.5), pycompress.SubnetSearch(0.7), pycompress.Taylor(0.7)):
+        with pytest.raises(ValueError, match="predicts no token"):
+            pycompress.apply(tiny_model("LlamaForCausalLM"), config, IDS.view(-1, 1), progress=False)
+
+
+def test_the_users_forward_of_a_block_runs_and_stays(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    block = model.model.layers[0]
+    forward, calls = block.forward, []
+
+    def wrapper(*args, **kwargs):
+        calls.append(None)
+        return forward(*args, **kwargs)
+
+    block.forward = wrapper
+    pycompress.apply(model, pycompress.SWSC(0.5), IDS, progress=False)
+    assert calls
+    assert block.forward is wrapper
