@@ -25,8 +25,9 @@ def kept(*models: nn.Module) -> Iterator[None]:
 
     Of every module that is still in its model: train or eval mode, hooks of this package, a forward or gradient
     checkpointing set on the instance. Of every parameter: whether it takes a gradient, and the one it holds. A module
-    that took another's place gets its mode. Of the config: in which form outputs come. Of the process: the random generators of Python, NumPy and torch, the
-    default dtype, threads, deterministic algorithms, and the precision of float32 products.
+    that took another's place gets its mode. Of the config: in which form outputs come. Of the process: the random
+    generators of Python, NumPy and torch, the default dtype, threads, deterministic algorithms, and the precision of
+    float32 products.
     """
     with ExitStack() as stack:
         for restore in (*_process(), *(part for model in models for part in _model(model))):
