@@ -141,7 +141,8 @@ def trained(name: str, text: str) -> Path:
     tokenizer = train_tokenizer(text)
     torch.manual_seed(0)
     model = MODELS[name]()
-    train(model, torch.cat(token_windows(model, tokenizer, text, WINDOW, count=10**9)))
+    # A tokenizer trained here puts no BOS before a text by itself.
+    train(model, torch.cat(token_windows(model, tokenizer, text, WINDOW, count=10**9, bos=True)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "settings.txt").write_text(settings)
@@ -158,14 +159,14 @@ def measure(folder: Path, config: StructuralConfig | None, texts: tuple[str, str
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     start, whole = time.perf_counter(), parameters(model)
     if config is not None:
-        calibration = token_windows(model, tokenizer, texts[0], WINDOW, count=CALIBRATION)
+        calibration = token_windows(model, tokenizer, texts[0], WINDOW, count=CALIBRATION, bos=True)
         pycompress.apply(model, config, calibration if config.needs_calibration else None, progress=False)
     seconds = time.perf_counter() - start
     return {
         "recipe": None if config is None else config.to_dict(),
         "keep": parameters(model) / whole,
         "depth": len(blocks(model)),
-        "perplexity": perplexity(model, tokenizer, texts[1], WINDOW, max_windows=SCORED),
+        "perplexity": perplexity(model, tokenizer, texts[1], WINDOW, max_windows=SCORED, bos=True),
         "seconds": seconds,
         "torch": str(torch.__version__),
     }

@@ -229,7 +229,14 @@ class _Front:
             self.model(**inputs, use_cache=False, return_dict=True)
         if not entry:
             raise _ReachedError  # a hook has ended it
-        return entry[0], tree_map(self._shared, seen)
+        known: dict[int, Any] = {}
+
+        def shared(value: Any) -> Any:
+            if id(value) not in known:  # blocks of a kind get one mask
+                known[id(value)] = self._shared(value)
+            return known[id(value)]
+
+        return entry[0], tree_map(shared, seen)
 
     def _shared(self, value: Any) -> Any:
         """In place of a tensor the equal part of one that is there: masks and cosines of shorter rows are corners of

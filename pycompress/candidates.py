@@ -21,7 +21,7 @@ from pycompress.batches import Batch
 from pycompress.calibrate import Stream, contiguous, float32, in_float32, predicted
 from pycompress.groups import KEPT_ROTARY, Geometry
 from pycompress.measure.model import evaluation
-from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits
+from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits, require_known_head
 from pycompress.replace import dense_weight
 from pycompress.resize import resize, scaled_norm
 from pycompress.search import ATTENTION_STEP, MLP_STEP, Candidate, Group, Space, ranges, shares
@@ -125,7 +125,8 @@ class Evaluator:
         modules = groups.blocks(model)
         given = list(orders) if orders is not None else [Order()] * len(modules)
         self.blocks = [_Block(model, index, given[index].mlp) for index in range(len(modules))]
-        with evaluation(model):
+        with evaluation(model), torch.no_grad():
+            require_known_head(model, batches[0]["input_ids"][0, :8])
             stream = Stream.open(model, modules, list(batches))
         wide = in_float32(modules[0]) is not modules[0]
         self.entry = [hidden.float() if wide else hidden for hidden in stream.hidden]
