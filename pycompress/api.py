@@ -21,7 +21,7 @@ from pycompress import recipe as recipes
 from pycompress.allocate import spread
 from pycompress.batches import Batch
 from pycompress.calibrate import Stream
-from pycompress.checkpoint import Checkpoint, Finished, hash_of
+from pycompress.checkpoint import Checkpoint, Finished, identity_of
 from pycompress.formats import Packed, Rounded
 from pycompress.measure.errors import relative_output_error
 from pycompress.measure.model import evaluation
@@ -85,19 +85,20 @@ def _apply(
     _check_vision(model, structural, steps)
     _check_blocks(model, structural)
     batches = _batches(model, configs, calibration, tokenizer, bos)
-    saved = Checkpoint(checkpoint, _identity(model, batches) if checkpoint is not None else {}, configs)
-    job = _Job(model, batches, saved, progress)
-    try:
-        before = _bytes_of(model)
-        pruned = job.prune(structural)
-        between = _bytes_of(model)
-        steps = plan(model, packing)
-        job.feel(steps)
-        rows = job.compress(job.allocate(steps, packing))
-        return replace_field(_report(pruned, rows, before, between, configs), searches=tuple(job.searches))
-    except BaseException:
-        job.undo_all()
-        raise
+    identity = {} if checkpoint is None else _identity(model, batches)
+    with Checkpoint(checkpoint, identity, configs) as saved:
+        job = _Job(model, batches, saved, progress)
+        try:
+            before = _bytes_of(model)
+            pruned = job.prune(structural)
+            between = _bytes_of(model)
+            steps = plan(model, packing)
+            job.feel(steps)
+            rows = job.compress(job.allocate(steps, packing))
+            return replace_field(_report(pruned, rows, before, between, configs), searches=tuple(job.searches))
+        except BaseException:
+            job.undo_all()
+            raise
 
 
 @dataclass
@@ -365,11 +366,8 @@ def _batches(
 
 
 def _identity(model: nn.Module, batches: list[Batch] | None) -> dict[str, str]:
-    return {
-        "model": hash_of(model),
-        "calibration data": "none" if batches is None else calibrate.fingerprint(batches),
-        "torch version": str(torch.__version__),
-    }
+    data = "none" if batches is None else calibrate.fingerprint(batches)
+    return identity_of(model) | {"calibration data": data}
 
 
 def _bytes_of(model: nn.Module) -> tuple[int, int]:

@@ -1,11 +1,16 @@
-"""A compression's progress on disk: one file a finished block, written whole or not at all."""
+"""A compression's progress on disk: one file a finished block, written whole or not at all, and whose it is."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from pycompress.files import read_json, write_whole
+from pycompress.files import alone, encoded, folder_of, of_earlier_version, read_json, sweep_parts, write_whole
 from pycompress.formats import Packed, rebuild
+from pycompress.intact import check_tensors
 from pycompress.methods.registry import Curve
 from pycompress.methods.structural import ShrinkConfig
 from pycompress.recipe import Config, Recipe
@@ -24,41 +30,60 @@ from pycompress.search import Result
 from pycompress.subnet import Subnet
 
 RUN = "run.json"
+VERSION = "pycompress version"
 GRADIENTS = "gradients"
 CURVE = ("nbytes", "error", "candidate")
+# Of a config and of modules: names, ids and records that no output follows from, and what running a model changes.
+NOT_THE_FORWARD = re.compile(
+    r"_.*|architectures|.*_token_id|dtype|torch_dtype|transformers_version|name_or_path|quantization_\w+|is_quantized"
+    r"|is_loaded_in_\w+|use_cache|id2label|label2id|return_dict|output_\w+|training|gradient_checkpointing|max_seq_len_cached"
+)
 Finished = list[tuple[str, Packed | None, Row]]
 
 
 class Checkpoint:
     """Gradients, curves and packed blocks of runs of `apply` in a directory; `path=None` keeps nothing.
 
-    `identity`: what the directory is for, by name. Runs of several recipes share it, and what they have in common: the
-    gradients of the loss, and the curves of recipes that differ in `keep` and `targets` alone. Raises `ValueError` when
-    the directory is of another identity, naming what differs, or cannot be written.
+    `identity`: what the directory is for, by name; its hash is in every file. Runs of several recipes share it, one
+    after the other, and what they have in common: the gradients of the loss, and the curves of recipes that differ in
+    `keep` and `targets` alone. A context manager: until it is left no other process, and no other run in this one,
+    writes there. Raises `ValueError` when the directory is of another identity, naming what differs, is in use, or
+    cannot be written.
     """
 
     def __init__(self, path: str | Path | None, identity: dict[str, str], recipe: Recipe) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else folder_of(path, "checkpoint")
+        self.identity = digest_of(identity)
         self.recipe = _digest(repr(recipe))
         shrunk = [config for config in recipe if isinstance(config, ShrinkConfig)]
         packing = [config.of_any_size() for config in recipe if config not in shrunk]
         self.measured = _digest(repr(shrunk + packing))
         self.gradients = f"{GRADIENTS}-{_digest(repr(shrunk))}" if shrunk else GRADIENTS
+        self._lock = ExitStack()
         if self.path is None:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / RUN).exists():
-                self._write(RUN, json.dumps(identity, indent=1).encode())
         except OSError as error:
             raise ValueError(f"cannot write the checkpoint directory {self.path}: {error.strerror}") from error
-        known = read_json(self.path / RUN)
-        differ = [name for name, value in identity.items() if known.get(name) != value]
-        if differ:
-            raise ValueError(
-                f"the checkpoint in {self.path} is of another {' and '.join(differ)}; "
-                f"give another directory, or delete this one to start over"
-            )
+        with ExitStack() as stack:
+            stack.enter_context(alone(self.path, "compression"))
+            sweep_parts(self.path)
+            differ = differing(self.path / RUN, identity)
+            if differ:
+                raise ValueError(
+                    f"the checkpoint in {self.path} is of another {' and '.join(differ)}; "
+                    f"give another directory, or delete this one to start over"
+                )
+            if not (self.path / RUN).exists():
+                self._write(RUN, encoded(identity))
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
 
     def save_curves(self, block: int, curves: dict[str, Curve]) -> None:
         """Add to the block's curves on file."""
@@ -73,10 +98,11 @@ class Checkpoint:
 
     def _curves(self, stem: str) -> dict[str, Curve]:
         tensors, description = self.load(stem) or ({}, {"energy": {}})
-        return {
-            name: Curve(energy=energy, **{part: tensors[f"{name}|{part}"] for part in CURVE})
-            for name, energy in description["energy"].items()
-        }
+        with self._sound(stem):
+            return {
+                name: Curve(energy=float(energy), **{part: tensors[f"{name}|{part}"] for part in CURVE})
+                for name, energy in description["energy"].items()
+            }
 
     def save_sensitivity(self, sensitivity: dict[str, Tensor]) -> None:
         """Add to the gradients on file."""
@@ -98,49 +124,60 @@ class Checkpoint:
         self.save(f"block-{self.recipe}-{block:04d}", tensors, {"modules": modules})
 
     def load_block(self, block: int) -> Finished | None:
-        found = self.load(f"block-{self.recipe}-{block:04d}")
+        stem = f"block-{self.recipe}-{block:04d}"
+        found = self.load(stem)
         if found is None:
             return None
         tensors, description = found
-        finished: Finished = []
-        for module in description["modules"]:
-            name = module["name"]
-            parts = {key.split("|")[1]: t for key, t in tensors.items() if key.split("|")[0] == name}
-            packed = None if module["spec"] is None else rebuild(module["spec"], parts)
-            finished.append((name, packed, Row(**module["row"])))
-        return finished
+        with self._sound(stem):
+            return [_finished(module, tensors) for module in description["modules"]]
 
     def stage(self, configs: Sequence[Config]) -> Stage:
         """Where the last of these structural configs, run after the others, keeps its progress."""
-        return Stage(self, _digest(repr(list(configs))), _digest(repr(list(configs[:-1]))))
+        return Stage(self, _digest(self.identity + repr(list(configs))), _digest(repr(list(configs[:-1]))))
 
     def save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """The tensors first, then the description with their hash: without the second the first does not count."""
         if self.path is None:
             return
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        whose = {"identity": self.identity, "file": stem}
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, whose)
         self._write(f"{stem}.safetensors", data)
-        described = description | {"sha256": hashlib.sha256(data).hexdigest()}
-        self._write(f"{stem}.json", json.dumps(described).encode())
+        described = whose | {"tensors": hashlib.sha256(data).hexdigest(), "description": description}
+        self._write(f"{stem}.json", encoded(described))
 
     def load(self, stem: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.path is None or not (self.path / f"{stem}.json").exists():
             return None
-        file = self.path / f"{stem}.safetensors"
-        description = read_json(self.path / f"{stem}.json")
+        file, remedy = self.path / f"{stem}.safetensors", self._remedy(stem)
+        content = read_json(self.path / f"{stem}.json", remedy)
+        if (content.get("identity"), content.get("file")) != (self.identity, stem):
+            raise ValueError(
+                f"{self.path / stem}.json is of another model, data or version than {RUN} beside it; {remedy}"
+            )
         try:
             data = file.read_bytes()
-            intact = hashlib.sha256(data).hexdigest() == description["sha256"]
-            tensors = load(data) if intact else {}
-        except (OSError, KeyError, SafetensorError):
-            intact = False
-        if not intact:
-            raise ValueError(f"{file} is damaged or cut short; delete it and {stem}.json to redo that block")
-        return tensors, description
+            tensors = load(data) if hashlib.sha256(data).hexdigest() == content.get("tensors") else None
+        except (OSError, SafetensorError):
+            tensors = None
+        if tensors is None or not isinstance(content.get("description"), dict):
+            raise ValueError(f"{file} is damaged or cut short; {remedy}")
+        return tensors, content["description"]
 
     def _write(self, name: str, data: bytes) -> None:
         assert self.path is not None
         write_whole(self.path / name, data)
+
+    @contextmanager
+    def _sound(self, stem: str) -> Iterator[None]:
+        """What a file holds is taken apart in this block; `ValueError` where it is not what such a file holds."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}/{stem}.json is damaged: {error}; {self._remedy(stem)}") from error
+
+    def _remedy(self, stem: str) -> str:
+        return f"delete {stem}.safetensors and {stem}.json in {self.path}, and that part is done again"
 
 
 @dataclass(frozen=True)
@@ -174,10 +211,15 @@ class Stage:
         self.checkpoint.save(stem, tensors, {"parts": {role: len(parts) for role, parts in moments.items()}})
 
     def load_moments(self, block: int, roles: list[str]) -> dict[str, list[Tensor]] | None:
-        found = self.checkpoint.load(self._moments(block, roles))
+        stem = self._moments(block, roles)
+        found = self.checkpoint.load(stem)
         if found is None:
             return None
-        return {role: [found[0][f"{role} {n}"] for n in range(count)] for role, count in found[1]["parts"].items()}
+        tensors, description = found
+        with self.checkpoint._sound(stem):
+            return {
+                role: [tensors[f"{role} {n}"] for n in range(count)] for role, count in description["parts"].items()
+            }
 
     def _moments(self, block: int, roles: list[str]) -> str:
         return f"moments-{_digest(self.before + repr(roles))}-{block:04d}"
@@ -188,11 +230,13 @@ class Stage:
         self.checkpoint.save(f"subnet-{self.key}", {}, {"subnet": subnet.to_dict(), "search": found})
 
     def load_subnet(self) -> tuple[Subnet, Result | None] | None:
-        found = self.checkpoint.load(f"subnet-{self.key}")
+        stem = f"subnet-{self.key}"
+        found = self.checkpoint.load(stem)
         if found is None:
             return None
-        text = found[1]["search"]
-        return Subnet.from_dict(found[1]["subnet"]), None if text is None else Result.from_json(text)
+        with self.checkpoint._sound(stem):
+            text = found[1]["search"]
+            return Subnet.from_dict(found[1]["subnet"]), None if text is None else Result.from_json(text)
 
     def save_refit(self, block: int, found: dict[str, tuple[Tensor, float]]) -> None:
         """Weights and errors of one block's refitted linears, by role."""
@@ -201,8 +245,12 @@ class Stage:
         self.checkpoint.save(f"refit-{self.key}-{block:04d}", tensors, {"errors": errors})
 
     def load_refit(self, block: int) -> dict[str, tuple[Tensor, float]] | None:
-        found = self.checkpoint.load(f"refit-{self.key}-{block:04d}")
-        return None if found is None else {role: (found[0][role], error) for role, error in found[1]["errors"].items()}
+        stem = f"refit-{self.key}-{block:04d}"
+        found = self.checkpoint.load(stem)
+        if found is None:
+            return None
+        with self.checkpoint._sound(stem):
+            return {role: (found[0][role], float(error)) for role, error in found[1]["errors"].items()}
 
     def save_bases(self, block: int, bases: dict[str, Tensor]) -> None:
         """Bases of the residual stream in one block, by point and part."""
@@ -221,18 +269,87 @@ def forget_recipes(path: str | Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def differing(file: Path, identity: Mapping[str, str]) -> list[str]:
+    """In what an identity on file is another one; a file that is not there is none.
+
+    Raises `ValueError` for a file that is damaged or of a version that wrote no hashes.
+    """
+    if not file.exists():
+        return []
+    if of_earlier_version(file):
+        raise ValueError(
+            f"{file} was written by an earlier version of pycompress; give another directory, or delete {file.parent} "
+            f"to start over"
+        )
+    known = read_json(file)
+    return [name for name in {**identity, **known} if known.get(name) != identity.get(name)]
+
+
+def identity_of(model: nn.Module) -> dict[str, str]:
+    """Hashes of what a model computes, and in which versions: tensors, and all that decides what becomes of them."""
+    return {
+        "model": _hash_of_tensors(model),
+        "model config": _hash_of_forward(model),
+        "torch version": str(torch.__version__),
+        VERSION: version("pycompress"),
+    }
+
+
+def hash_of(model: nn.Module) -> str:
+    """A hash of every parameter and buffer of a model, and of all that decides what becomes of them."""
+    return digest_of({"model": _hash_of_tensors(model), "model config": _hash_of_forward(model)})
+
+
+def digest_of(identity: Mapping[str, str]) -> str:
+    """One hash of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_tensors(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device or offloaded; load the model whole")
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_of_forward(model: nn.Module) -> str:
+    """A hash of the config's fields, and of each module: the class whose forward it runs, its plain settings."""
+    config: Any = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    facts: list[Any] = [_deciding(fields), str(getattr(config, "_attn_implementation", None))]
+    for name, module in model.named_modules():
+        runs = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        facts.append([name, runs.__qualname__, _deciding(plain)])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _deciding(fields: Any) -> Any:
+    """Values without those that no output follows from."""
+    if isinstance(fields, Mapping):
+        kept = {str(name): value for name, value in fields.items() if not NOT_THE_FORWARD.fullmatch(str(name))}
+        return {name: _deciding(value) for name, value in kept.items()}
+    return [_deciding(value) for value in fields] if isinstance(fields, (list, tuple)) else fields
+
+
+def _finished(module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, Packed | None, Row]:
+    """A module's packed weight, whose tensors are what its spec says, and its row."""
+    name, spec = module["name"], module["spec"]
+    parts = {key.split("|")[1]: t for key, t in tensors.items() if key.split("|")[0] == name}
+    fields: dict[str, Any] = {field: math.nan if value is None else value for field, value in module["row"].items()}
+    row = Row(**fields)
+    if spec is None:
+        return name, None, row
+    check_tensors(name, spec, parts)
+    return name, rebuild(spec, parts), row
+
+
 def _all_of(names: list[str], known: dict[str, Any]) -> dict[str, Any] | None:
     return {name: known[name] for name in names} if known.keys() >= set(names) else None
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def hash_of(model: nn.Module) -> str:
-    """A hash of every parameter of a model, by name."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

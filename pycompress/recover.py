@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pycompress import hub
-from pycompress.checkpoint import hash_of
-from pycompress.files import read_json, write_whole
+from pycompress.checkpoint import differing, digest_of, hash_of, identity_of
+from pycompress.files import alone, folder_of, sweep_parts, write_json
 from pycompress.measure.model import embedding, evaluation
 from pycompress.measure.perplexity import require_known_head
 from pycompress.objective import Distillation, Objective
 from pycompress.rows import Row, draw, source
+from pycompress.state import kept, neutral
 from pycompress.trainable import gradients_masked, lora_targets, trained_parameters, training_form, zeros_of
 
 # pycompress.training and transformers' Trainer take a second to import, which those who never train do not wait for.
@@ -162,43 +163,54 @@ def recover(
     or as a dict. The model goes to the Trainer's device and stays there.
 
     `output_dir` holds the Trainer's checkpoints, every `save_steps` (a tenth of the steps), with the trained parameters
-    in safetensors. After a kill, load the model again and repeat the call: it goes on from the last checkpoint and ends
-    with the same bits. An error or Ctrl-C leaves the model valid, as the last step made it. Raises `ValueError` or
-    `TypeError` for what cannot be used, before the model is changed, and `ImportError` without accelerate or peft.
+    in safetensors and a hash of every file; one recovery at a time writes there. After a kill, load the model again and
+    repeat the call: it goes on from the last checkpoint and ends with the same bits.
+
+    An error or Ctrl-C leaves the model valid, with the parameters that train as the last step made them. However the
+    call ends, all else is as before: modes, `requires_grad`, hooks, gradient checkpointing, random generators, the
+    environment; autocast, `no_grad` and the default dtype do not reach it. Raises `ValueError` or `TypeError` for what
+    cannot be used, before the model is changed, and `ImportError` without accelerate or peft.
     """
     _check_count("tokens", tokens)
     _check_installed(method)
-    settings = _Settings(
-        method,
-        LEARNING_RATES.get(method, 1.0) if lr is None else lr,
-        batch_size,
-        gradient_accumulation,
-        warmup,
-        weight_decay,
-        scheduler,
-        seed,
-        _default_precision() if precision is None else precision,
-        lora_rank,
-        None if lora_targets is None else tuple([lora_targets] if isinstance(lora_targets, str) else lora_targets),
-        keep_zeros,
-        None if teacher is None else (distill_top_k, temperature, distill_weight),
-        _overrides(train),
-    )
-    job = _Job(model, teacher, settings)
+    output = None if output_dir is None else folder_of(output_dir, "output_dir")
+    models = _models(model, teacher)
     started = time.perf_counter()
-    with ExitStack() as stack:
-        kept = None if output_dir is None else Path(output_dir)
-        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        args = job.arguments(folder, "no" if kept is None else "steps")
+    with kept(*models), neutral(), ExitStack() as stack:
+        settings = _Settings(
+            method,
+            LEARNING_RATES.get(method, 1.0) if lr is None else lr,
+            batch_size,
+            gradient_accumulation,
+            warmup,
+            weight_decay,
+            scheduler,
+            seed,
+            _default_precision() if precision is None else precision,
+            lora_rank,
+            None if lora_targets is None else tuple([lora_targets] if isinstance(lora_targets, str) else lora_targets),
+            keep_zeros,
+            None if teacher is None else (distill_top_k, temperature, distill_weight),
+            _overrides(train),
+        )
+        job = _Job(model, teacher, settings)
+        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        args = job.arguments(folder, "no" if output is None else "steps")
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = draw(model, source(model, dataset, tokenizer, window), tokens, per_step, seed)
         args.max_steps = len(rows) // per_step
         args.warmup_steps = math.ceil(warmup * args.max_steps)
         args.save_steps = max(1, args.max_steps // 10) if save_steps is None else _check_count("save_steps", save_steps)
-        found = None if kept is None else job.resumed(kept, rows, resume, args.process_index == 0)
-        losses = job.run(args, rows, found, callbacks, progress)
+        identity = {} if output is None else job.identity(rows, args.world_size)
+        found = None
+        if output is not None:
+            if args.process_index == 0:
+                _make_folder(output)
+                stack.enter_context(alone(output, "recovery"))
+            found = job.resumed(output, identity, resume, args.process_index == 0)
+        losses = job.run(args, rows, found, [*callbacks, *_bar(progress)], digest_of(identity))
     seen = sum(len(row.input_ids) for row in rows)
-    return Recovery(losses, seen, time.perf_counter() - started, kept)
+    return Recovery(losses, seen, time.perf_counter() - started, output)
 
 
 class _Job:
@@ -248,31 +260,40 @@ class _Job:
             )
         return args
 
-    def resumed(self, folder: Path, rows: list[Row], resume: bool, writes: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, if there is one; `ValueError` for one that is not of this run."""
-        from pycompress.training import last_checkpoint
-
-        found = last_checkpoint(folder)
-        if found is not None and not resume:
-            raise ValueError(f"{folder} holds checkpoints; delete it or give another directory to start over")
-        identity = {
-            "model": hash_of(self.model),
-            "teacher": None if self.distillation is None else hash_of(self.distillation.teacher),
+    def identity(self, rows: list[Row], processes: int) -> dict[str, str]:
+        """What checkpoints belong to."""
+        return identity_of(self.model) | {
+            "teacher": "none" if self.distillation is None else hash_of(self.distillation.teacher),
             "data": _hash_of_rows(rows),
             "settings": repr(self.settings),
+            "number of processes": str(processes),
         }
-        if found is None:
-            if writes:
-                _make_folder(folder)
-                write_whole(folder / RUN, json.dumps(identity, indent=1).encode())
-            return None
-        known = read_json(folder / RUN)
-        differ = [name for name, value in identity.items() if known.get(name) != value]
+
+    def resumed(
+        self, folder: Path, identity: dict[str, str], resume: bool, writes: bool
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, if there is one; `ValueError` for one that is not of this run."""
+        from pycompress.training import HASHES, checkpoints_in, last_checkpoint
+
+        checkpoints = checkpoints_in(folder)
+        if checkpoints and not resume:
+            raise ValueError(f"{folder} holds checkpoints; delete it or give another directory to start over")
+        if checkpoints and not (folder / RUN).exists():
+            raise ValueError(f"{folder} holds checkpoints, but no {RUN} that says of what; give another directory")
+        differ = differing(folder / RUN, identity) if checkpoints else []
         if differ:
             raise ValueError(
                 f"the checkpoints in {folder} are of another {' and '.join(differ)}; to go on, load the model as it "
                 f"was and repeat the call, or give another directory"
             )
+        found = last_checkpoint(folder, digest_of(identity))
+        if writes:
+            sweep_parts(folder)
+            for path in checkpoints:
+                if not (path / HASHES).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+            if found is None:
+                write_json(folder / RUN, identity)
         return found
 
     def run(
@@ -281,7 +302,7 @@ class _Job:
         rows: list[Row],
         found: tuple[Path, dict[str, Any]] | None,
         callbacks: Sequence[Any],
-        progress: bool,
+        identity: str,
     ) -> tuple[float, ...]:
         """Train to the end, from the checkpoint that was found; the losses of all steps."""
         from transformers import set_seed
@@ -296,7 +317,7 @@ class _Job:
             whole = self.settings.precision == "float32"
             stack.enter_context(training_form(model, self.trained, whole, self.lora))
             stack.enter_context(gradients_masked(model, self.zeros))
-            trainer = RecoveryTrainer(Objective(model, self.distillation), args, rows, callbacks, self.zeros, progress)
+            trainer = RecoveryTrainer(Objective(model, self.distillation), args, rows, callbacks, self.zeros, identity)
             history = trainer.finish(found)
         return tuple(entry["loss"] for entry in history if "loss" in entry)
 
@@ -319,15 +340,30 @@ def _overrides(train: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(train.items()))
 
 
-def _check_model(model: Any, teacher: Any) -> None:
+def _bar(progress: bool) -> list[Any]:
+    from pycompress.training import Bar
+
+    return [Bar()] if progress else []
+
+
+def _models(model: Any, teacher: Any) -> list[PreTrainedModel]:
+    """The model, and its teacher if it has one."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers causal LM, got {type(model).__name__}; merge adapters first")
+    if teacher is not None and not isinstance(teacher, PreTrainedModel):
+        raise TypeError(f"teacher must be a transformers causal LM, got {type(teacher).__name__}")
+    return [model] if teacher is None else [model, teacher]
+
+
+def _check_model(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
     if getattr(model, "peft_config", None):
         raise ValueError("the model has adapters; merge them first: peft's merge_and_unload()")
     hub.check_not_quantized(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("parts of the model are on the meta device or offloaded; load it whole")
-    for each in [model] if teacher is None else [model, teacher]:
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model was made under torch.inference_mode, so it cannot train; load it outside of that")
+    for each in _models(model, teacher):
         with evaluation(each), torch.inference_mode():
             require_known_head(each, torch.arange(8).clamp(max=len(embedding(each)) - 1))
     if teacher is None:

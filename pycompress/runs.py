@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pycompress.files import finite
+
 FILE = "runs.jsonl"
 QUANTITIES = ("loss", "accuracy")
 
@@ -93,6 +95,9 @@ class Run:
         missing = [name for name in needed if name not in row]
         if missing:
             raise ValueError(f"a run needs {', '.join(needed)}; {', '.join(missing)} is missing")
+        wrong = [name for name in ("key", "model", "method") if not isinstance(row[name], str)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of a run must be a text, got {row[wrong[0]]!r:.60}")
         settings = {name: value for name, value in row.items() if name in known}
         return cls(**settings, other={name: value for name, value in row.items() if name not in known})
 
@@ -114,7 +119,10 @@ def load(folder: str | Path) -> list[Run]:
         if row is None and line.strip() and number < len(lines):
             raise ValueError(f"line {number} of {file} is damaged; delete that line and its run is done again")
         if row is not None:
-            run = Run.from_dict(row)
+            try:
+                run = Run.from_dict(row)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {file}: {error}") from error
             found[run.key] = run
     return list(found.values())
 
@@ -143,9 +151,9 @@ def _file(folder: str | Path) -> Path:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The object on a line, or None where it is not whole."""
+    """The object on a line, or None where it is not whole. What is not a finite number is None."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = finite(json.loads(line))
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from pycompress.files import read_json, write_whole
+from pycompress.files import read_json, sealed, unsealed, write_json, write_whole
 
 # The paper's search spaces (its table 7), by kept ratio: the least share of channels a block keeps, and the fewest
 # blocks of models of 12 and 24 (OPT), 32, 40, 60 and 80 (LLaMA) blocks. At 0.7 the
@@ -606,16 +606,18 @@ class _State:
             return
         best = [{"perplexity": _finite(r.perplexity), "candidate": r.candidate.to_list()} for r in ranked]
         state = {"generation": generation, "random": rng.bit_generator.state, "best": best}
-        write_whole(self.file, json.dumps(state).encode())
+        write_json(self.file, state)
 
     def load(self) -> dict[str, Any] | None:
-        return read_json(self.file) if self.file is not None and self.file.exists() else None
+        if self.file is None or not self.file.exists():
+            return None
+        return read_json(self.file, f"delete it and {self._log.name} beside it to start the search over")
 
     def append(self, entry: Evaluated) -> None:
         if self.file is None:
             return
         with self._log.open("ab") as file:
-            file.write(json.dumps(_row(entry)).encode() + b"\n")
+            file.write(json.dumps(sealed(_row(entry))).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -628,8 +630,8 @@ class _State:
         if len(whole) < len(data):
             write_whole(self._log, whole)
         try:
-            return [_evaluated(json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError) as error:
+            return [_evaluated(unsealed(json.loads(line))) for line in whole.splitlines()]
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self._log} is damaged; delete it and {self.file} to start the search over") from error
 
     @property

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fcntl
+import io
 import json
 import math
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -28,13 +28,16 @@ from pycompress import runs as rows
 from pycompress.api import apply
 from pycompress.checkpoint import forget_recipes, hash_of
 from pycompress.executor import open_executor
-from pycompress.files import read_json, read_text, write_whole
+from pycompress.files import alone, folder_of, locked, read_json, read_text, sweep_parts, write_json
 from pycompress.grid import Grid, Spec, digest
 from pycompress.measure import compare_speed, perplexity, token_windows
 from pycompress.measure.tasks import evaluate
 from pycompress.recover import recover
 from pycompress.report import Report
 from pycompress.runs import Run
+
+# Of the files of dense models' scores.
+VERSION = 2
 
 
 def sweep(
@@ -55,10 +58,11 @@ def sweep(
     default a GPU if there is one. Raises `ValueError` when the folder is in use or of another model, and what loading
     and scoring a dense model raise.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(folder, "folder")
     specs = grid.specs()
-    with _alone(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder, "sweep"):
+        sweep_parts(folder)
         done = {run.key: run for run in rows.load(folder)} if (folder / rows.FILE).exists() else {}
         todo = [spec for spec in specs if spec.key not in done or (retry_failed and done[spec.key].error is not None)]
         build = partial(Worker, grid, folder.absolute(), device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -100,7 +104,7 @@ class Worker:
         self.grid, self.folder, self.device = grid, folder, device
         self.dense: _Dense | None = None
         self.compressed: _Compressed | None = None
-        self.slots: dict[str, tuple[Path, IO[str]]] = {}
+        self.slots: dict[str, tuple[Path, io.FileIO]] = {}
 
     def __call__(self, spec: Spec) -> Run:
         """The row of a run; an error in it is part of the row."""
@@ -151,14 +155,14 @@ class Worker:
         return self.dense
 
     def _dense_scores(self, name: str, model: PreTrainedModel, tokenizer: Any) -> tuple[float, dict[str, Any]]:
-        what = [self.grid.dtype, self.grid.test.identity(), self.grid.tasks.names, self.grid.tasks.limit]
+        what = [VERSION, self.grid.dtype, self.grid.test.identity(), self.grid.tasks.names, self.grid.tasks.limit]
         file = self.folder / f"dense-{digest(json.dumps([name, *what]))}.json"
         known = hash_of(model)
         if not file.exists():
             loss, tasks = self._score(copy.deepcopy(model), tokenizer)
-            write_whole(file, json.dumps({"model": name, "sha256": known, "loss": loss, "tasks": tasks}).encode())
-        facts = read_json(file)
-        if facts["sha256"] != known:
+            write_json(file, {"model": name, "hash": known, "loss": loss, "tasks": tasks})
+        facts = read_json(file, "delete it and the dense model is scored again")
+        if facts["hash"] != known:
             raise ValueError(
                 f"the runs in {self.folder} are of another model called {name} than the one in "
                 f"{self.grid.models[name]}; give another name or another folder"
@@ -169,12 +173,11 @@ class Worker:
         if self.compressed is None or self.compressed.compression != spec.compression:
             recipe = [recipes.from_dict(entry) for entry in spec.recipe]
             calibration = self.grid.calibration if any(config.needs_calibration for config in recipe) else None
-            windows, stem = None, spec.model
+            windows = None
             if calibration is not None:
-                stem += "-" + digest(json.dumps(calibration.identity()))
                 text = read_text(calibration.text)
                 windows = token_windows(dense.model, dense.tokenizer, text, calibration.window, calibration.windows)
-            checkpoint = self._slot(stem)
+            checkpoint = self._slot(self._named(spec.model, calibration and calibration.identity()))
             if self.compressed is not None:
                 forget_recipes(checkpoint)
             self.compressed = None
@@ -187,7 +190,7 @@ class Worker:
     def _recover(self, model: PreTrainedModel, dense: _Dense, spec: Spec) -> int:
         """Fine-tune in place, going on from a killed run's own checkpoints; gives the tokens seen."""
         assert self.grid.recovery.text is not None
-        place = self.folder / "recovery" / spec.key
+        place = self.folder / "recovery" / self._named(spec.key)
         settings = {name: spec.recovery[name] for name in ("method", "lr", "window", "batch_size")}
         recovered = recover(
             model,
@@ -224,29 +227,38 @@ class Worker:
         found = evaluate(model, tokenizer, tasks.names, data_dir=tasks.data, limit=tasks.limit, progress=False)
         return math.log(value), {name: _accuracy(task) for name, task in found.items()}
 
+    def _named(self, name: str, *what: Any) -> str:
+        """A file name for a name in any letters, other ones for other names, facts or versions."""
+        readable = re.sub(r"[^\w.-]|^\.+", "_", name, flags=re.ASCII)[:48]
+        return f"{readable}-{digest(json.dumps([name, *what, _versions()]))}"
+
     def _slot(self, stem: str) -> Path:
         """A checkpoint directory that no other worker writes to."""
         if stem not in self.slots:
             self.slots[stem] = next(self._free(stem))
         return self.slots[stem][0]
 
-    def _free(self, stem: str) -> Iterator[tuple[Path, IO[str]]]:
+    def _free(self, stem: str) -> Iterator[tuple[Path, io.FileIO]]:
         for number in count():
             folder = self.folder / "checkpoints" / f"{stem}-{number}"
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _locked(folder)
+            lock = locked(folder, "slot")
             if lock is not None:
                 yield folder, lock
 
     def _versions(self, dense: _Dense) -> dict[str, str]:
         """Of what ran, on what, in which arithmetic."""
         device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
-        return {name: version(name) for name in ("pycompress", "torch", "transformers")} | {
+        return _versions() | {
             "python": platform.python_version(),
             "device": device,
             "threads": str(torch.get_num_threads()),
             "dtype": str(dense.model.dtype).removeprefix("torch."),
         }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("pycompress", "torch", "transformers")}
 
 
 def _accuracy(task: Any) -> dict[str, Any]:
@@ -256,26 +268,6 @@ def _accuracy(task: Any) -> dict[str, Any]:
         "stderr": task.stderr if math.isfinite(task.stderr) else None,
         "count": task.count,
     }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = _locked(folder)
-    if lock is None:
-        raise ValueError(f"another sweep is writing to {folder}; wait for it, or give another folder")
-    with lock:
-        yield
-
-
-def _locked(folder: Path) -> IO[str] | None:
-    """The folder's lock, held until it is closed or its process ends; None while another has it."""
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 class _Bar:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from pycompress.files import finite, hash_of_file, read_json, write_json, write_whole
 from pycompress.objective import Objective
 from pycompress.rows import Row, collate
 
 TRAINED = "trained.safetensors"
-STATE = "trainer_state.json"  # the Trainer writes it last
+STATE = "trainer_state.json"
+HASHES = "hashes.json"  # written last: a checkpoint without it is not whole
 
 
 class RecoveryTrainer(Trainer):
     """Trains a causal LM on rows, each seen once and in order; checkpoints hold the trained parameters.
 
-    `zeros`: where parameters, by name, stay zero.
+    `zeros`: where parameters, by name, stay zero. `identity`: the hash of what the checkpoints belong to.
     """
 
     def __init__(
@@ -35,16 +37,15 @@ class RecoveryTrainer(Trainer):
         rows: Sequence[Row],
         callbacks: Sequence[TrainerCallback],
         zeros: dict[str, Tensor],
-        progress: bool,
+        identity: str,
     ) -> None:
         super().__init__(
             objective, args, data_collator=collate, train_dataset=rows, callbacks=[*callbacks, KeepZeros(zeros)]
         )
         self.student = objective.model
+        self.identity = identity
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if progress:
-            self.add_callback(Bar())
 
     def finish(self, found: tuple[Path, dict[str, Any]] | None) -> list[dict[str, float]]:
         """Train to the last step, from a checkpoint and its state if there is one; the log of all steps."""
@@ -74,15 +75,36 @@ class RecoveryTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in _trained(self.student)}, folder / TRAINED)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint, its hashes last; then older ones go. An error or interruption leaves no part of it."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save:
+                (folder / HASHES).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
+            if self.args.should_save:
+                state = json.loads((folder / STATE).read_text())
+                write_whole(folder / STATE, json.dumps(finite(state), indent=2, allow_nan=False).encode())
+                hashes = {path.name: hash_of_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+                write_json(folder / HASHES, {"identity": self.identity, "files": hashes})
+        except BaseException:
+            if self.args.should_save and not (folder / HASHES).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            for path in checkpoints_in(folder.parent)[:-limit]:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         file = Path(resume_from_checkpoint) / TRAINED
-        trained = dict(_trained(self.student))
-        try:
-            saved = load_file(file)
-        except (OSError, SafetensorError):
-            saved = {}
+        trained, saved = dict(_trained(self.student)), load_file(file)
         if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in trained.items()}:
-            raise ValueError(f"{file} is damaged; delete {file.parent} to go on from the checkpoint before it")
+            raise ValueError(f"{file} is of another model; {_remedy(file.parent)}")
         with torch.no_grad():
             for name, tensor in saved.items():
                 trained[name].copy_(tensor)
@@ -119,15 +141,41 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def last_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in `folder` that is whole, and the Trainer's state in it."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(folder: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in `folder` whose writing was not interrupted, and the Trainer's state in it.
+
+    Raises `ValueError`, naming the file, where one of its files is missing, damaged or of another run.
+    """
+    for path in reversed(checkpoints_in(folder)):
+        if (path / HASHES).exists():
+            _check_hashes(path, identity)
             return path, json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
-            continue
     return None
+
+
+def _check_hashes(path: Path, identity: str) -> None:
+    content = read_json(path / HASHES, _remedy(path))
+    if content.get("identity") != identity:
+        raise ValueError(f"{path} is of another run; {_remedy(path)}")
+    files = content["files"]
+    if not {TRAINED, STATE} <= files.keys():
+        raise ValueError(f"{path / HASHES} is damaged; {_remedy(path)}")
+    for name, known in files.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {_remedy(path)}")
+        if hash_of_file(file) != known:
+            raise ValueError(f"{file} is damaged; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path} to go on from the checkpoint before it"
 
 
 def _trained(model: PreTrainedModel) -> list[tuple[str, Tensor]]:

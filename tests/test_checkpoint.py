@@ -1,6 +1,11 @@
 """Killed and resumed runs give the same bits; other runs' and damaged checkpoints are refused with the reason."""
 
+import copy
+import errno
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +13,13 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import RTN, SWSC
+from pycompress import RTN, SWSC, Magnitude, Prune, SliceGPT, SubnetSearch
+from pycompress.checkpoint import Checkpoint, hash_of
+from pycompress.files import LOCK, alone, read_json, write_json
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -78,11 +87,17 @@ def test_killed_at_three_points_and_resumed_the_bits_are_the_same(tmp_path):
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def finished_once(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    pycompress.apply(tiny_model("LlamaForCausalLM"), SWSC(0.5), IDS, checkpoint=folder, progress=False)
+    return folder
+
+
 @pytest.fixture
-def finished(tiny_model, tmp_path):
-    model = tiny_model("LlamaForCausalLM")
-    pycompress.apply(model, SWSC(0.5), IDS, checkpoint=tmp_path / "run", progress=False)
-    return tmp_path / "run"
+def finished(finished_once, tmp_path):
+    """The checkpoint of a finished run."""
+    return shutil.copytree(finished_once, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -132,3 +147,231 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, tiny_model):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write the checkpoint directory .*file"):
         pycompress.apply(tiny_model("LlamaForCausalLM"), RTN(3), checkpoint=tmp_path / "file" / "run", progress=False)
+
+
+def again(model, folder, recipe=None, ids=IDS):
+    return pycompress.apply(model, recipe or SWSC(0.5), ids, checkpoint=folder, progress=False)
+
+
+def with_other_eps(model):
+    model.config.rms_norm_eps = 1e-3
+    return model
+
+
+def with_other_activation(model):
+    model.config.hidden_act = "gelu"
+    return model
+
+
+def with_other_rope(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)  # a buffer that no file holds
+    return model
+
+
+def with_other_module(model):
+    model.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+    return model
+
+
+def with_other_attribute(model):
+    model.model.norm.variance_epsilon = 0.1
+    return model
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["run.json", "run.json lost"])
+@pytest.mark.parametrize(
+    "change", [with_other_eps, with_other_activation, with_other_rope, with_other_module, with_other_attribute]
+)
+def test_equal_weights_that_compute_something_else_are_another_model(change, lost, finished, tiny_model):
+    if lost:
+        (finished / "run.json").unlink()
+    # Another recipe: of the first run only what it measured of the dense model could be taken.
+    with pytest.raises(ValueError, match=r"is of another model"):
+        again(change(tiny_model("LlamaForCausalLM")), finished, SWSC(0.4))
+
+
+@pytest.mark.parametrize("where", ["torch version", "pycompress version"])
+def test_a_checkpoint_of_another_version_is_refused(where, finished, tiny_model):
+    write_json(finished / "run.json", read_json(finished / "run.json") | {where: "0.0.1"})
+    with pytest.raises(ValueError, match=f"is of another {where}; give another directory"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+def test_a_checkpoint_of_a_version_without_hashes_is_refused(finished, tiny_model):
+    (finished / "run.json").write_text(json.dumps({"model": "1", "calibration data": "2", "torch version": "3"}))
+    with pytest.raises(ValueError, match=r"run\.json was written by an earlier version of pycompress; give another"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+def test_a_file_of_another_run_among_a_runs_files_is_refused(finished, tiny_model, tmp_path):
+    again(tiny_model("LlamaForCausalLM", seed=1), tmp_path / "other")
+    for file in (tmp_path / "other").glob("block-*-0001.*"):
+        (finished / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"block-.*-0001\.json is of another model, data or version than run\.json"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+def test_a_file_under_another_files_name_is_refused(finished, tiny_model):
+    for file in finished.glob("block-*-0001.*"):
+        (finished / file.name.replace("0001", "0000")).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"block-.*-0000\.json is of another model"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+SEARCH = SubnetSearch(0.7, candidates=8)
+
+
+@pytest.fixture(scope="module")
+def searched_once(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    again(tiny_model("LlamaForCausalLM"), folder, SEARCH)
+    return folder
+
+
+@pytest.fixture
+def searched(searched_once, tmp_path):
+    """The checkpoint of a search: ranking, search state, subnet."""
+    return shutil.copytree(searched_once, tmp_path / "run")
+
+
+def flipped_digits(data):
+    """The file with each of some digits changed in turn, which leaves it JSON."""
+    places = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+    for place in places[:: max(1, len(places) // 3)]:
+        changed = bytearray(data)
+        changed[place] = ord("1") + (changed[place] - ord("0")) % 9
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["run", "gradients", "curves", "block"])
+def test_a_changed_digit_in_any_json_file_is_named(kind, finished, tiny_model):
+    file = sorted(finished.glob(f"{kind}*.json"))[0]
+    sound, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
+    recipe = SWSC(0.4) if kind in ("gradients", "curves") else SWSC(0.5)
+    for changed in flipped_digits(sound):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged; delete "):
+            again(model, finished, recipe)
+    file.write_bytes(sound)
+    again(model, finished, recipe)
+
+
+@pytest.mark.parametrize("pattern", ["ranking-*.json", "subnet-*.json", "search-*.json", "search-*.jsonl"])
+def test_a_changed_digit_in_what_a_search_keeps_is_named(pattern, searched, tiny_model):
+    (file,) = searched.glob(pattern)
+    for subnet in () if pattern.startswith("subnet") else searched.glob("subnet-*"):
+        subnet.unlink()
+    sound, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
+    for changed in flipped_digits(sound):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged; delete "):
+            again(model, searched, SEARCH)
+    file.write_bytes(sound)
+    again(model, searched, SEARCH)
+
+
+def resealed(file, change):
+    """Change a description's content, as one would who knows how hashes are made."""
+    content = read_json(file)
+    change(content["description"])
+    write_json(file, content)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [("labels", 30_000, r"labels must be 0 to"), ("channels", -1, r"channels must be each of")],
+)
+def test_tensors_that_fit_their_hash_but_not_their_spec_are_refused(part, value, message, finished, tiny_model):
+    file = sorted(finished.glob("block-*.json"))[0]
+    tensors = load_file(file.with_suffix(".safetensors"))
+    name = next(name for name in tensors if name.endswith(f"|{part}"))
+    tensors[name][0] = value
+    save_file(tensors, file.with_suffix(".safetensors"))
+    content = read_json(file)
+    write_json(file, content | {"tensors": hashlib.sha256(file.with_suffix(".safetensors").read_bytes()).hexdigest()})
+    model = tiny_model("LlamaForCausalLM")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged: .*{message}"):
+        again(model, finished)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("block", lambda description: description.pop("modules")),
+        ("block", lambda description: description["modules"][0].pop("row")),
+        ("block", lambda description: description["modules"][0]["spec"].update(clusters="many")),
+        ("block", lambda description: description.update(modules=[1])),
+        ("curves", lambda description: description.update(energy=[])),
+        ("curves", lambda description: description["energy"].update(wings=1.0)),
+    ],
+)
+def test_a_description_of_another_form_is_named(kind, change, finished, tiny_model):
+    file = sorted(finished.glob(f"{kind}-*.json"))[0]
+    resealed(file, change)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged: "):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+@pytest.mark.parametrize("recipe", [SWSC(0.5), RTN(4), Magnitude(0.7), SliceGPT(0.8), Prune("magnitude", rate=0.8)])
+def test_a_reloaded_model_is_the_same_model_and_running_it_changes_nothing(recipe, deep_model, tmp_path):
+    model = deep_model("Gemma3ForCausalLM")
+    dense = hash_of(model)
+    pycompress.apply(model, recipe, IDS, progress=False)
+    known = hash_of(model)
+    assert known != dense
+    model(input_ids=IDS)
+    model.config.name_or_path = "elsewhere"
+    model.save_pretrained(tmp_path)
+    assert hash_of(model) == hash_of(copy.deepcopy(model)) == known
+    assert hash_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == known
+
+
+def test_one_run_at_a_time_writes_to_a_directory(finished, tiny_model):
+    with (
+        alone(finished, "compression"),
+        pytest.raises(ValueError, match=rf"another compression \(process {os.getpid()}\) is writing to .*run; wait"),
+    ):
+        again(tiny_model("LlamaForCausalLM"), finished)
+    with pytest.raises(ValueError, match="calibration data"):
+        again(tiny_model("LlamaForCausalLM"), finished, ids=IDS.flip(0))
+    again(tiny_model("LlamaForCausalLM"), finished)
+    with Checkpoint(finished.parent / "free", {}, []), pytest.raises(ValueError, match="another compression"):
+        Checkpoint(finished.parent / "free", {}, [])
+
+
+def test_a_lock_that_leads_elsewhere_is_refused_and_its_target_left(finished, tiny_model, tmp_path):
+    (tmp_path / "letters").write_text("mine")
+    (finished / LOCK).unlink()
+    (finished / LOCK).symlink_to(tmp_path / "letters")
+    with pytest.raises(ValueError, match="lock is a symbolic link; delete it"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+    assert (tmp_path / "letters").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_part_of_a_file_and_the_model_as_it_was(tiny_model, tmp_path, monkeypatch):
+    write, written = os.write, []
+
+    def full(descriptor, data):
+        if sum(written) > 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(write(descriptor, data[:4096]))
+        return written[-1]
+
+    monkeypatch.setattr(os, "write", full)
+    model = tiny_model("LlamaForCausalLM")
+    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device"):
+        again(model, tmp_path / "run")
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
+    monkeypatch.undo()
+    again(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_name_is_no_directory(empty, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint is an empty name; give a directory"):
+        again(tiny_model("LlamaForCausalLM"), empty)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import pycompress
 from pycompress import sweep as sweeping
+from pycompress.files import alone
 from pycompress.grid import Spec, load
 from pycompress.measure import perplexity, tasks, token_windows
 from pycompress.recover import recover
@@ -232,7 +233,7 @@ def test_another_model_of_the_same_name_is_refused(place, tiny_model):
 
 
 def test_two_sweeps_do_not_write_to_one_folder(place):
-    with sweeping._alone(place), pytest.raises(ValueError, match="another sweep is writing to"):
+    with alone(place, "sweep"), pytest.raises(ValueError, match=r"another sweep \(process \d+\) is writing to"):
         sweep(grid(place), place, device="cpu", progress=False)
 
 
