@@ -98,6 +98,7 @@ def test_windows_fit_a_model_of_few_positions(tiny_model):
     model = tiny_model("GPT2LMHeadModel")
     assert {w.shape for w in token_windows(model, Letters(1), TEXT)} == {(1, 64)}
     assert {w.shape for w in token_windows(model, Letters(), TEXT)} == {(1, 64)}
+    assert perplexity(model, Letters(1), TEXT) == perplexity(model, Letters(1), TEXT, window=63)
 
 
 def test_texts_are_read_in_any_form_and_a_path_is_none(tiny_model):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pycompress.batches import joined
 from pycompress.measure.model import embedding, evaluation
-from pycompress.measure.windows import require_window, tokenise
+from pycompress.measure.windows import default_window, require_window, tokenise
 from pycompress.state import kept, neutral
 
 LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32: 128 tokens of a 262k vocabulary
@@ -23,7 +23,7 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
     text: Any,
-    window: int = 512,
+    window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     bos: bool | None = None,
@@ -31,11 +31,11 @@ def perplexity(
     """exp of the mean cross-entropy, in nats a token, over all predicted tokens of `text`.
 
     `text`: a text, or several in any form that `apply` takes texts in, joined. It is tokenised without special tokens
-    and cut into consecutive windows of `window` ids; the last may be shorter. What the tokenizer itself puts before a
-    text (of most a BOS, of Qwen's nothing) goes before each window, so that its first token is predicted too; `bos`:
-    True for a BOS in any case, False for none. `stride < window` moves the window by `stride` ids and scores only the
-    ids the previous windows have not scored. `max_windows` stops early. Cross-entropy is in fp32 and autocast does not
-    reach it; logits exist for a slice of tokens at a time.
+    and cut into consecutive windows of `window` ids (None: 512, or what fits the model's positions); the last may be
+    shorter. What the tokenizer itself puts before a text (of most a BOS, of Qwen's nothing) goes before each window, so
+    that its first token is predicted too; `bos`: True for a BOS in any case, False for none. `stride < window` moves
+    the window by `stride` ids and scores only the ids the previous windows have not scored. `max_windows` stops early.
+    Cross-entropy is in fp32 and autocast does not reach it; logits exist for a slice of tokens at a time.
 
     Returns infinity when the mean exceeds what exp can hold, and NaN when the model gives NaN.
     Raises `ValueError` for a window or stride out of range, for a text of fewer than two tokens, for a tokenizer
@@ -44,6 +44,7 @@ def perplexity(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows must be at least 1, got {max_windows}")
     ids, prefix = tokenise(model, tokenizer, joined(text, "the text", tokenizer), bos)
+    window = default_window(model, prefix) if window is None else window
     stride = _checked_stride(model, window, stride, prefix)
     total, count = 0.0, 0
     with kept(model), neutral(), evaluation(model), torch.inference_mode():
