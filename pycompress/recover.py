@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,13 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pycompress import hub
-from pycompress.checkpoint import differing, digest_of, hash_of, identity_of
-from pycompress.files import alone, folder_of, sweep_parts, write_json
+from pycompress.checkpoint import digest_of, hash_of, identity_of
+from pycompress.files import alone, folder_of
 from pycompress.measure.model import embedding, evaluation
 from pycompress.measure.perplexity import require_known_head
 from pycompress.objective import Distillation, Objective
 from pycompress.rows import Row, draw, source
-from pycompress.state import kept, neutral
+from pycompress.state import environment_kept, kept, neutral
 from pycompress.trainable import gradients_masked, lora_targets, trained_parameters, training_form, zeros_of
 
 # pycompress.training and transformers' Trainer take a second to import, which those who never train do not wait for.
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 # Of AdamW at its peak.
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "factors": 1e-4}
-RUN = "recovery.json"
 # TrainingArguments that have an argument of their own.
 OWN = {
     "output_dir": "output_dir",
@@ -175,8 +173,10 @@ def recover(
     _check_installed(method)
     output = None if output_dir is None else folder_of(output_dir, "output_dir")
     models = _models(model, teacher)
+    from pycompress.training import Bar, accelerate_kept, resumed
+
     started = time.perf_counter()
-    with kept(*models), neutral(), ExitStack() as stack:
+    with environment_kept(), accelerate_kept(), kept(*models), neutral(), ExitStack() as stack:
         settings = _Settings(
             method,
             LEARNING_RATES.get(method, 1.0) if lr is None else lr,
@@ -207,8 +207,8 @@ def recover(
             if args.process_index == 0:
                 _make_folder(output)
                 stack.enter_context(alone(output, "recovery"))
-            found = job.resumed(output, identity, resume, args.process_index == 0)
-        losses = job.run(args, rows, found, [*callbacks, *_bar(progress)], digest_of(identity))
+            found = resumed(output, identity, resume, args.process_index == 0)
+        losses = job.run(args, rows, found, [*callbacks, *([Bar()] if progress else [])], digest_of(identity))
     seen = sum(len(row.input_ids) for row in rows)
     return Recovery(losses, seen, time.perf_counter() - started, output)
 
@@ -252,6 +252,8 @@ class _Job:
             "use_cpu": not torch.accelerator.is_available(),
         }
         args = TrainingArguments(**(own | dict(self.settings.train)))
+        if args.save_only_model and save_strategy != "no":
+            raise ValueError("save_only_model=True leaves checkpoints without the optimizer; leave it out of train")
         sharding = [name for name in ("fsdp", "deepspeed") if getattr(args, name) or _asked_of_accelerate(name)]
         if sharding:
             raise ValueError(
@@ -268,33 +270,6 @@ class _Job:
             "settings": repr(self.settings),
             "number of processes": str(processes),
         }
-
-    def resumed(
-        self, folder: Path, identity: dict[str, str], resume: bool, writes: bool
-    ) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, if there is one; `ValueError` for one that is not of this run."""
-        from pycompress.training import HASHES, checkpoints_in, last_checkpoint
-
-        checkpoints = checkpoints_in(folder)
-        if checkpoints and not resume:
-            raise ValueError(f"{folder} holds checkpoints; delete it or give another directory to start over")
-        if checkpoints and not (folder / RUN).exists():
-            raise ValueError(f"{folder} holds checkpoints, but no {RUN} that says of what; give another directory")
-        differ = differing(folder / RUN, identity) if checkpoints else []
-        if differ:
-            raise ValueError(
-                f"the checkpoints in {folder} are of another {' and '.join(differ)}; to go on, load the model as it "
-                f"was and repeat the call, or give another directory"
-            )
-        found = last_checkpoint(folder, digest_of(identity))
-        if writes:
-            sweep_parts(folder)
-            for path in checkpoints:
-                if not (path / HASHES).exists():
-                    shutil.rmtree(path, ignore_errors=True)
-            if found is None:
-                write_json(folder / RUN, identity)
-        return found
 
     def run(
         self,
@@ -338,12 +313,6 @@ def _overrides(train: Any) -> tuple[tuple[str, Any], ...]:
         if name in OWN:
             raise ValueError(f"train sets {name}; give recover's own argument {OWN[name]} instead")
     return tuple(sorted(train.items()))
-
-
-def _bar(progress: bool) -> list[Any]:
-    from pycompress.training import Bar
-
-    return [Bar()] if progress else []
 
 
 def _models(model: Any, teacher: Any) -> list[PreTrainedModel]:

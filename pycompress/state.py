@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,6 +36,29 @@ def kept(*models: nn.Module) -> Iterator[None]:
         for restore in (*_process(), *(part for model in models for part in _model(model))):
             stack.callback(restore)
         yield
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Put back what a training framework sets of the process: variables, signal handlers, the GPU in use, cuDNN."""
+    variables = dict(os.environ)
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    cudnn = torch.backends.cudnn
+    flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - variables:
+            del os.environ[name]
+        os.environ.update(variables)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pycompress import groups, hub
 from pycompress.formats import Rounded
 from pycompress.layers import PACKED, PrunedLinear
+from pycompress.state import HOOKS
 from pycompress.storage import storage_of
 
 ADVICE = 'method="factors" trains what packed layers hold in floats'
@@ -28,34 +29,50 @@ def training_form(
 
     `trained`: names of the parameters that train; they are held in float32, with `whole` every float of the model is.
     `lora`: names of the linears that get adapters, and their rank; they are merged into the linears in the end.
-    Afterwards dtypes, `requires_grad`, training mode and `config.use_cache` are as before.
+    Afterwards dtypes are as before, and hooks and attributes that came in the block are gone.
     """
-    before = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(model)}
-    modes = {module: module.training for module in model.modules()}
-    use_cache = getattr(model.config, "use_cache", None)
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     chosen = set(trained)
     adapted: Any = None
+    with _nothing_added(model):
+        try:
+            for name, tensor in _tensors(model):
+                tensor.grad = None
+                if tensor.dtype in (torch.bfloat16, torch.float16) and (whole or name in chosen):
+                    tensor.data = tensor.data.float()
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(name in chosen)
+            if lora is not None:
+                adapted = add_lora(model, *lora)
+            yield
+        finally:
+            try:
+                if adapted is not None:
+                    adapted.merge_and_unload()
+            finally:
+                _remove_adapters(model)
+                for name, tensor in _tensors(model):
+                    tensor.grad = None
+                    tensor.data = tensor.data.to(dtypes[name])
+
+
+@contextmanager
+def _nothing_added(model: nn.Module) -> Iterator[None]:
+    """Take away what the block adds to modules: attributes, hooks such as those of gradient checkpointing."""
+    modules = list(model.modules())
+    hooks = [{kind: set(getattr(module, kind)) for kind in HOOKS} for module in modules]
+    names = [set(vars(module)) for module in modules]
+    inputs = {name: value for name, value in vars(model).items() if name.startswith("_require_grads_hook")}
     try:
-        for name, tensor in _tensors(model):
-            if tensor.dtype in (torch.bfloat16, torch.float16) and (whole or name in chosen):
-                tensor.data = tensor.data.float()
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(name in chosen)
-        if lora is not None:
-            adapted = add_lora(model, *lora)
         yield
     finally:
-        if adapted is not None:
-            adapted.merge_and_unload()
-        for name, tensor in _tensors(model):
-            dtype, requires_grad = before[name]
-            tensor.data = tensor.data.to(dtype)
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(requires_grad)
-                tensor.grad = None
-        for module, training in modes.items():
-            module.training = training
-        model.config.use_cache = use_cache
+        for module, known, before in zip(modules, hooks, names, strict=True):
+            for kind, keys in known.items():
+                for key in getattr(module, kind).keys() - keys:
+                    del getattr(module, kind)[key]
+            for name in vars(module).keys() - before:
+                del module.__dict__[name]
+        vars(model).update(inputs)
 
 
 def trained_parameters(model: PreTrainedModel, method: str) -> list[str]:
@@ -89,8 +106,12 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     names = [linear.name for linear in groups.select(model, targets)]
     packed = [name for name in names if isinstance(model.get_submodule(name), PACKED)]
     rounded = [name for name in names if name in _rounded(model)]
+    other = [name for name in names if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D, *PACKED))]
     if targets is None:
-        names = [name for name in names if name not in packed and name not in rounded]
+        names = [name for name in names if name not in packed and name not in rounded and name not in other]
+    elif other:
+        kind = type(model.get_submodule(other[0])).__name__
+        raise ValueError(f"{other[0]} is a {kind}, on which peft puts no adapter; leave it out of lora_targets")
     elif packed:
         raise ValueError(f"{packed[0]} is packed, and LoRA cannot be merged into it; {ADVICE}")
     elif rounded:
@@ -109,7 +130,20 @@ def add_lora(model: PreTrainedModel, names: list[str], rank: int) -> Any:
 
     conv1d = isinstance(model.get_submodule(names[0]), Conv1D)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=conv1d)
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f'peft puts no adapter on these linears: {error}; name others, or take method="full"'
+        ) from error
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Put the linears back that adapters have taken the place of, as they are."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_base_layer") and hasattr(module, "adapter_layer_names"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
 def zeros_of(model: PreTrainedModel, trained: Sequence[str]) -> dict[str, Tensor]:

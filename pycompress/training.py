@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from pycompress.files import finite, hash_of_file, read_json, write_json, write_whole
+from pycompress.checkpoint import differing, digest_of
+from pycompress.files import finite, hash_of_file, read_json, sweep_parts, write_json, write_whole
 from pycompress.objective import Objective
 from pycompress.rows import Row, collate
 
 TRAINED = "trained.safetensors"
+RUN = "recovery.json"
 STATE = "trainer_state.json"
 HASHES = "hashes.json"  # written last: a checkpoint without it is not whole
 
@@ -141,18 +144,57 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
+@contextmanager
+def accelerate_kept() -> Iterator[None]:
+    """Put back what accelerate shares between all of its users in the process, which each TrainingArguments resets."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState  # type: ignore[import-untyped]
+
+    shared = [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]
+    before = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        for state, known in zip(shared, before, strict=True):
+            state.clear()
+            state.update(known)
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders of checkpoints, whole or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def last_checkpoint(folder: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in `folder` whose writing was not interrupted, and the Trainer's state in it.
+def resumed(folder: Path, identity: dict[str, str], resume: bool, writes: bool) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, if there is one; `ValueError` for one that is not of this run."""
+    checkpoints = checkpoints_in(folder)
+    if checkpoints and not resume:
+        raise ValueError(f"{folder} holds checkpoints; delete it or give another directory to start over")
+    if checkpoints and not (folder / RUN).exists():
+        raise ValueError(f"{folder} holds checkpoints, but no {RUN} that says of what; give another directory")
+    differ = differing(folder / RUN, identity) if checkpoints else []
+    if differ:
+        raise ValueError(
+            f"the checkpoints in {folder} are of another {' and '.join(differ)}; to go on, load the model as it "
+            f"was and repeat the call, or give another directory"
+        )
+    found = _last(checkpoints, digest_of(identity))
+    if writes:
+        sweep_parts(folder)
+        for path in checkpoints:
+            if not (path / HASHES).exists():
+                shutil.rmtree(path, ignore_errors=True)
+        if found is None:
+            write_json(folder / RUN, identity)
+    return found
+
+
+def _last(checkpoints: list[Path], identity: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose writing was not interrupted, and the Trainer's state in it.
 
     Raises `ValueError`, naming the file, where one of its files is missing, damaged or of another run.
     """
-    for path in reversed(checkpoints_in(folder)):
+    for path in reversed(checkpoints):
         if (path / HASHES).exists():
             _check_hashes(path, identity)
             return path, json.loads((path / STATE).read_text())
