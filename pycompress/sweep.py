@@ -309,7 +309,9 @@ def time_left(specs: Iterable[Spec], done: dict[str, Run]) -> float | None:
 
     def expected(spec: Spec) -> float:
         groups = ([run for run in finished if same(run) == same(spec)] for same in alike)
-        return fmean(sum(run.seconds.values()) for run in next(group for group in groups if group))
+        return fmean(
+            sum(spent or 0.0 for spent in run.seconds.values()) for run in next(group for group in groups if group)
+        )
 
     return sum(expected(spec) for spec in specs if spec.key not in done)
 

@@ -92,6 +92,24 @@ def test_damage_is_named(tmp_path):
         load(tmp_path)
 
 
+def test_figures_that_are_not_finite_are_read_as_none(tmp_path):
+    line = json.dumps(RUN.to_dict() | {"loss": math.nan, "bytes": math.inf, "seconds": {"compress": -math.inf}})
+    (tmp_path / FILE).write_text(line + "\n" + json.dumps(replace(RUN, key="b2").to_dict()).replace("2.5", "1e999"))
+    first, second = load(tmp_path)
+    assert (first.loss, first.bytes, first.seconds) == (None, None, {"compress": None})
+    assert first.measured("loss") is None
+    assert (second.loss, second.dense_loss) == (3.0, None)
+
+
+@pytest.mark.parametrize("field", ["key", "model", "method"])
+def test_a_line_of_other_kinds_is_named(tmp_path, field):
+    append(tmp_path, RUN)
+    with (tmp_path / FILE).open("a") as file:
+        file.write(json.dumps(RUN.to_dict() | {field: ["a"]}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 2 of .*runs\.jsonl: {field} of a run must be a text, got \['a'\]"):
+        load(tmp_path)
+
+
 def test_numbers_that_json_has_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         append(tmp_path, replace(RUN, loss=math.inf))

@@ -237,6 +237,63 @@ def test_two_sweeps_do_not_write_to_one_folder(place):
         sweep(grid(place), place, device="cpu", progress=False)
 
 
+@pytest.mark.parametrize("name", ["../../x", "{}/outside", "a/b", "..", ".hidden", "tab\there", "x" * 300, "модель"])
+def test_names_of_models_never_become_paths(name, place):
+    outside = place / "runs" / "of" / "mine"
+    shown = name.format(place)
+    settings = {"methods": ["SWSC"], "keeps": [0.6], "recovery": {"tokens": 0}, "speed": False}
+    before = {path for path in place.rglob("*") if path != place / "grid.yaml"}
+    (run,) = sweep(grid(place, models={shown: "model"}, **settings), outside, device="cpu", progress=False)
+    assert (run.model, run.error) == (shown, None)
+    made = {path for path in place.rglob("*") if path != place / "grid.yaml"} - before
+    assert all(outside in path.parents or path in (outside, *outside.parents) for path in made)
+    (checkpoint,) = (outside / "checkpoints").iterdir()
+    assert (checkpoint / "run.json").exists()
+
+
+def test_two_names_that_look_alike_have_places_of_their_own(place):
+    settings = {"methods": ["SWSC"], "keeps": [0.6], "recovery": {"tokens": 0}, "speed": False}
+    runs = measure(place, models={"a/b": "model", "a_b": "model", "a b": "model"}, **settings)
+    assert [run.error for run in runs] == [None] * 3
+    assert len(list((place / "runs" / "checkpoints").iterdir())) == 3
+
+
+def test_a_lock_that_leads_elsewhere_is_refused_and_its_target_left(place):
+    (place / "letters").write_text("mine")
+    (place / "runs").mkdir()
+    (place / "runs" / "lock").symlink_to(place / "letters")
+    with pytest.raises(ValueError, match="lock is a symbolic link; delete it"):
+        measure(place)
+    assert (place / "letters").read_text() == "mine"
+
+
+def test_an_empty_name_is_no_folder(place, monkeypatch):
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    settings = grid(place)
+    with pytest.raises(ValueError, match="folder is an empty name; give a directory"):
+        sweep(settings, "", device="cpu", progress=False)
+    assert sorted(place.iterdir()) == sorted({*before, place / "grid.yaml"})
+
+
+def test_changed_scores_of_a_dense_model_are_named(place):
+    settings = {"methods": ["Random"], "keeps": [0.7], "recovery": {"tokens": 0}, "speed": False}
+    measure(place, **settings)
+    (file,) = (place / "runs").glob("dense-*.json")
+    file.write_text(file.read_text().replace('"loss": ', '"loss": 1'))
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged; delete it and the dense model is scored again"):
+        measure(place, **settings | {"keeps": [0.6]})
+
+
+def test_an_equal_model_that_computes_something_else_is_another(place):
+    settings = {"methods": ["Random"], "keeps": [0.7], "recovery": {"tokens": 0}, "speed": False}
+    measure(place, **settings)
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match=r"are of another model called model"):
+        measure(place, **settings | {"keeps": [0.6]})
+
+
 def test_the_bar_says_what_runs_and_the_loss_last_seen(place, capsys):
     runs = sweep(grid(place, methods=["Random"], recovery={"tokens": 64}, speed=False), place / "runs", device="cpu")
     told = capsys.readouterr().err
