@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -610,6 +611,11 @@ def _beside_vision(model: nn.Module, path: str) -> Architecture:
     return replace(alone, class_name=type(model).__name__, beside=True, **moved)
 
 
+def is_of(architecture: Architecture, model: nn.Module) -> bool:
+    """Whether the model, with its head or without, has a config of this architecture's class."""
+    return isinstance(model.config, getattr(transformers, architecture.class_name).config_class)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks, first to last. Block `i` is called `f"{architecture_of(model).blocks}.{i}"`."""
     return list(model.get_submodule(architecture_of(model).blocks).children())
@@ -617,17 +623,20 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def geometry(model: nn.Module, block: int) -> Geometry:
     """The channels of block `block`, from the shapes of its linears as they are now."""
-    architecture = architecture_of(model)
-    module = blocks(model)[block]
-    shapes = {role: shape_of(module.get_submodule(path)) for role, path in architecture.paths.items()}
-    width = next(_attribute(module, path) for path, size in architecture.sizes.items() if size == "width")
+    return block_geometry(architecture_of(model), blocks(model)[block], len(rotary_channels(model, block)))
+
+
+def block_geometry(architecture: Architecture, block: nn.Module, rotary: int) -> Geometry:
+    """The channels of a block of the architecture, `rotary` of a head's rotating, from the shapes of its linears."""
+    shapes = {role: shape_of(block.get_submodule(path)) for role, path in architecture.paths.items()}
+    width = next(_attribute(block, path) for path, size in architecture.sizes.items() if size == "width")
     heads = shapes["o"][1] // width
     kv_heads = (shapes["qkv"][0] // width - heads) // 2 if "qkv" in shapes else shapes["k"][0] // width
     return Geometry(
         heads=heads,
         kv_heads=kv_heads,
         width=width,
-        rotary=len(rotary_channels(model, block)),
+        rotary=rotary,
         mlp=shapes["down"][1],
         hidden=shapes["o"][0],
         roles=architecture.roles,

@@ -8,13 +8,16 @@ tensors lie in the usual safetensors files.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -25,40 +28,48 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pycompress.brief import brief, listed
+from pycompress.files import write_whole
 from pycompress.formats import Bitmap, Rounded, SharedChannels, Sparse24
 from pycompress.groups import Architecture, Geometry
+from pycompress.intact import FIELDS, check_spec
 from pycompress.layers import (
-    PACKED,
     BitmapLinear,
     KeptRotary,
     KernelLinear,
+    PackedLinear,
     SharedLinear,
-    SlicedBlock,
     Sparse24Linear,
     ZerosLinear,
 )
 from pycompress.skeleton import (
     SIZES,
     check_blocks,
-    check_products,
-    check_rotary,
     check_sliced,
     resize_blocks,
-    resolve,
+    resolver,
     slice_blocks,
 )
-from pycompress.sparse import TILE, WORD, kept_entries, tile_offsets, untiled
-from pycompress.storage import CODES
 
 METHOD = "pycompress"
 FORMAT_VERSION = 3
+LONGEST_NAME = 500
 # Formats whose tensors are stored otherwise than before.
 CHANGED_IN = {Sparse24.name: 3, Bitmap.name: 3}
-SPEC_FIELDS = {
-    SharedChannels.name: {"share", "clusters", "rank", "pivoted", "storage", "shape"},
-    Rounded.name: {"bits", "scales", "shape"},
-    Sparse24.name: {"shape"},
-    Bitmap.name: {"kept", "shape"},
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
 }
 # Rounded weights stay in the dense layer.
 LAYERS = {SharedChannels.name: SharedLinear, Sparse24.name: Sparse24Linear, Bitmap.name: BitmapLinear}
@@ -85,7 +96,7 @@ class PycompressConfig(QuantizationConfigMixin):
     `kv_heads`, `width`, `rotary` and `mlp` as in `groups.Geometry`, and `biases`, the blocks by role whose linears have
     a bias of their own. `sliced`, where blocks have a residual stream narrower than the hidden size: the `architecture`
     and `widths`, one for each branch that reads the stream and one for the last block's output, null where it is whole.
-    Raises `ValueError` for a format version or a format that this pycompress does not know.
+    Raises `ValueError` for what no `save_pretrained` of this pycompress or an earlier one writes.
     """
 
     def __init__(
@@ -97,18 +108,25 @@ class PycompressConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+        counts = isinstance(format_version, int) and not isinstance(format_version, bool)
+        if not counts or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"the model was saved in pycompress format version {format_version}, this pycompress reads versions "
-                f"up to {FORMAT_VERSION}; upgrade it: pip install --upgrade pycompress"
+                f"the model was saved in pycompress format version {brief(format_version)}, this pycompress reads "
+                f"versions up to {FORMAT_VERSION}; upgrade it: pip install --upgrade pycompress"
             )
         if unknown:
-            raise ValueError(f"unknown fields in the pycompress quantization_config: {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown fields in the pycompress quantization_config: {listed(sorted(unknown))}")
+        if not isinstance(modules, dict | None):
+            raise ValueError(
+                f"modules in the pycompress quantization_config must map names to specs, got {brief(modules)}"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.modules = dict(modules or {})
         for name, spec in self.modules.items():
-            _check_spec(name, spec)
+            if not isinstance(name, str) or len(name) > LONGEST_NAME:
+                raise ValueError(f"config.json must list modules by their names, got {brief(name)}")
+            check_spec(name, spec)
             changed = CHANGED_IN.get(spec["format"], 1)
             if format_version < changed:
                 raise ValueError(
@@ -138,7 +156,9 @@ class PycompressQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PycompressConfig, pre_quantized: bool = True) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized)
-        self._shapes: dict[str, torch.Size] = {}
+        self._empty: dict[str, Tensor] = {}
+        # Of each rounded weight, when it was noted.
+        self.hashes: dict[str, str] = {}
         if not pre_quantized:
             raise ValueError(
                 "PycompressConfig describes a saved model and cannot compress one; load the model without it and call "
@@ -151,7 +171,7 @@ class PycompressQuantizer(HfQuantizer):
             resize_blocks(model, config.blocks)
         if config.sliced is not None:
             slice_blocks(model, config.sliced)
-        config.modules = {resolve(model, name): spec for name, spec in config.modules.items()}
+        config.modules = _resolved(model, config.modules)
         for name, spec in config.modules.items():
             module = model.get_submodule(name)
             if linear_shape(module) != tuple(spec["shape"]):
@@ -163,30 +183,35 @@ class PycompressQuantizer(HfQuantizer):
                 weight = module.get_parameter("weight")
                 layer = empty_layer(spec, module.bias is not None, weight.dtype, weight.device)
                 model.set_submodule(name, layer)
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        _check_headers(model, config, kwargs.get("checkpoint_files"))
+        _watch(model)
         # Where get_new_dtype is missing (5.14, 5.17), transformers leaves a tensor that it renames while loading a
         # pre-quantized model in its saved dtype, whatever dtype was asked for.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.pre_quantized = True
-        _check_shapes(model, self._shapes)
-        for name in self.quantization_config.modules:
+        _check_kinds(model, self._empty)
+        for name, spec in self.quantization_config.modules.items():
             module = model.get_submodule(name)
-            if isinstance(module, PACKED):
+            if isinstance(module, PackedLinear):
                 _check_loaded(name, module)
+            if spec["format"] == Rounded.name:
+                self.hashes[name] = _hash(module.get_parameter("weight"))
             # Hooks belong to the module they were put on.
             if isinstance(module, BitmapLinear) and not hasattr(module, "_hf_hook"):
                 model.set_submodule(name, module.fastest())
         for name, module in model.named_modules():
             if isinstance(module, KeptRotary):
-                check_rotary(name, module)
-            if isinstance(module, SlicedBlock):
-                check_products(name, module)
+                _check_loaded(name, module)
         # The tensors are ordinary floats that train and cast: without this, transformers forbids .half() and .float().
         model.is_quantized = False  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        forget(model, _stale(model))
+        if _own_config(model) is None:
+            return None, {}
         for name, spec in self.quantization_config.modules.items():
             module = model.get_submodule(name)
             # Rounding to 16 bits after training may have made further zeros.
@@ -221,19 +246,31 @@ def register() -> None:
 
 
 def compressed_modules(model: nn.Module) -> dict[str, Spec]:
-    """The spec of each compressed module by its name; empty for a dense model."""
+    """The spec of each compressed module by its name; empty for a dense model.
+
+    Rounded weights that have changed since, as by training or by merging adapters, are no longer among them.
+    """
     config = _own_config(model)
-    return {} if config is None else copy.deepcopy(config.modules)
+    stale = _stale(model)
+    return {} if config is None else {n: copy.deepcopy(s) for n, s in config.modules.items() if n not in stale}
+
+
+def is_recorded(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is among the `compressed_modules`."""
+    config = _own_config(model)
+    return config is not None and name in config.modules and not _stale(model, [name])
 
 
 def record(model: nn.Module, name: str, spec: Spec) -> None:
     """Note on the model that the module called `name` is compressed, so that `save_pretrained` writes it."""
-    _check_spec(name, spec)
+    check_spec(name, spec)
     config = _own_config(model)
     if config is None:
         config = PycompressConfig()
         _own(model, config)
     config.modules[name] = copy.deepcopy(spec)
+    if spec["format"] == Rounded.name:
+        _hashes(model)[name] = _hash(model.get_submodule(name).get_parameter("weight"))
 
 
 def record_blocks(
@@ -281,7 +318,8 @@ def forget(model: nn.Module, names: list[str]) -> None:
         return
     for name in names:
         config.modules.pop(name, None)
-    if not config.modules and config.blocks is None and config.sliced is None:
+    if names and not config.modules and config.blocks is None and config.sliced is None:
+        _unwatch(model)
         del model.hf_quantizer
         if getattr(model.config, "quantization_config", None) is config:
             del model.config.quantization_config  # type: ignore[union-attr]
@@ -295,13 +333,25 @@ def add_loading_code(directory: str | Path) -> None:
     unless `save_pretrained` has written a compressed model there.
     """
     file = Path(directory) / "config.json"
-    config = json.loads(file.read_text()) if file.exists() else {}
-    if _method_of(config.get("quantization_config")) != METHOD:
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or _method_of(config.get("quantization_config")) != METHOD:
         raise ValueError(f"{directory} holds no model compressed by pycompress; call model.save_pretrained on it first")
-    class_name = config["architectures"][0]
-    (file.parent / f"{CODE_FILE}.py").write_text(LOADING_CODE.format(class_name=class_name))
+    architectures = config.get("architectures")
+    class_name = architectures[0] if isinstance(architectures, list) and architectures else None
+    known = (
+        getattr(transformers, class_name, None) if isinstance(class_name, str) and class_name.isidentifier() else None
+    )
+    if not isinstance(known, type) or not issubclass(known, transformers.PreTrainedModel):
+        raise ValueError(
+            f"architectures in {file} must name a model class of transformers, got {brief(architectures)}; save the "
+            f"model again"
+        )
+    write_whole(file.parent / f"{CODE_FILE}.py", LOADING_CODE.format(class_name=class_name).encode())
     config["auto_map"] = {"AutoModelForCausalLM": f"{CODE_FILE}.Compressed{class_name}"}
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(file, f"{json.dumps(config, indent=2)}\n".encode())
 
 
 def check_not_quantized(model: nn.Module) -> None:
@@ -320,7 +370,7 @@ def check_not_quantized(model: nn.Module) -> None:
 
 def empty_layer(spec: Spec, bias: bool, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
     """The layer that the spec of a packed weight describes, its tensors not yet filled."""
-    sizes = {field: spec[field] for field in SPEC_FIELDS[spec["format"]] - {"shape"}}
+    sizes = {field: spec[field] for field in FIELDS[spec["format"]] if field != "shape"}
     made: nn.Module = LAYERS[spec["format"]](shape=tuple(spec["shape"]), **sizes, bias=bias, dtype=dtype, device=device)
     return made
 
@@ -337,6 +387,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def _own(model: nn.Module, config: PycompressConfig) -> None:
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.hf_quantizer = PycompressQuantizer(config)  # type: ignore[assignment]
+    _watch(model)
 
 
 def _own_config(model: nn.Module) -> PycompressConfig | None:
@@ -352,64 +403,167 @@ def _method_of(holder: Any) -> str | None:
     return None if holder is None else str(getattr(method, "value", method))
 
 
-def _check_spec(name: str, spec: Spec) -> None:
-    format_name = spec.get("format")
-    if format_name not in SPEC_FIELDS:
+def _resolved(model: nn.Module, modules: dict[str, Spec]) -> dict[str, Spec]:
+    resolve, found = resolver(model), {}
+    for name, spec in modules.items():
+        own = resolve(name)
+        if own in found:
+            raise ValueError(f"config.json lists the module {brief(own)} twice; config.json is damaged")
+        found[own] = spec
+    return found
+
+
+def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *_: Any) -> None:
+    """Before `load_state_dict` copies anything: `ValueError` for what one of the model's packed layers would refuse."""
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | KeptRotary):
+            module.check_loading(state_dict, f"{prefix}{name}." if name else prefix, assign)
+
+
+def _watch(model: nn.Module) -> None:
+    _unwatch(model)
+    model.register_load_state_dict_pre_hook(check_state)
+
+
+def _unwatch(model: nn.Module) -> None:
+    hooks: dict[int, Any] = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is check_state]:
+        del hooks[key]
+
+
+def _hashes(model: nn.Module) -> dict[str, str]:
+    quantizer: Any = model.hf_quantizer
+    hashes: dict[str, str] = quantizer.hashes
+    return hashes
+
+
+def _stale(model: nn.Module, names: list[str] | None = None) -> list[str]:
+    """The modules, of `names` or of all, whose record as rounded no longer holds."""
+    config = _own_config(model)
+    if config is None:
+        return []
+    hashes = _hashes(model)
+    rounded = {name: spec for name, spec in config.modules.items() if spec["format"] == Rounded.name}
+    return [
+        name
+        for name, spec in rounded.items()
+        if (names is None or name in names) and not _still_rounded(model, name, spec, hashes.get(name))
+    ]
+
+
+def _still_rounded(model: nn.Module, name: str, spec: Spec, noted: str | None) -> bool:
+    """Whether a weight is what it was, or takes as few values a group as the record says."""
+    try:
+        weight = model.get_submodule(name).weight
+    except AttributeError:
+        return False
+    if not isinstance(weight, Tensor):
+        return False
+    if weight.is_meta or _hash(weight) == noted:
+        return True
+    (n, k), found = spec["shape"], weight.detach()
+    found = found.T if isinstance(model.get_submodule(name), Conv1D) else found
+    size = n * k // spec["scales"]
+    if found.shape != (n, k) or size * spec["scales"] != n * k or k % size or size <= 2 ** spec["bits"]:
+        return False  # cannot be told from the values
+    steps = found.reshape(-1, size).sort(-1).values.diff() != 0
+    return bool((steps.sum(-1) < 2 ** spec["bits"]).all())
+
+
+@torch.no_grad()
+def _hash(weight: Tensor) -> str:
+    if weight.is_meta:
+        return ""
+    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_headers(model: nn.Module, config: PycompressConfig, files: list[str] | None) -> None:
+    """Before anything is allocated: whether the saved files hold the tensors that config.json describes."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    held: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            held |= {name: _header(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ours = list(config.modules)
+    if config.blocks is not None or config.sliced is not None:
+        ours = [name for name, module in model.named_modules() if not list(module.children())]
+    total = 0
+    for name in ours:
+        module = model.get_submodule(name)
+        own = {part: tensor for part, tensor in module.state_dict().items() if not isinstance(module, nn.Embedding)}
+        given = {}
+        for part, tensor in own.items():
+            full = f"{name}.{part}"
+            found = next((held[n] for n in (full, full.removeprefix(prefix), prefix + full) if n in held), None)
+            total += tensor.numel()
+            if found is not None:
+                given[part] = found
+                _check_kind(full, found, tensor)
+        if isinstance(module, PackedLinear | KeptRotary):
+            module.check(name, given)
+    numbers = sum(tensor.numel() for tensor in held.values())
+    if total > numbers:
         raise ValueError(
-            f"{name} is in format {format_name!r}, this pycompress knows {', '.join(SPEC_FIELDS)}; "
-            f"upgrade it: pip install --upgrade pycompress"
+            f"config.json describes tensors of {total} numbers, but the saved files hold {numbers}; save or download "
+            f"the model again"
         )
-    if set(spec) != SPEC_FIELDS[format_name] | {"format"}:
+
+
+def _header(part: Any) -> Tensor:
+    """An empty tensor of the dtype and shape that a safetensors file names."""
+    dtype = SAFETENSORS.get(part.get_dtype())
+    if dtype is None:
         raise ValueError(
-            f"{name}: a {format_name} spec has the fields format, {', '.join(sorted(SPEC_FIELDS[format_name]))}; "
-            f"got {', '.join(sorted(spec))}"
+            f"the saved files hold a tensor of {part.get_dtype()}, which torch has not; save the model again"
         )
-    if format_name == SharedChannels.name and spec["share"] not in ("output", "input"):
-        raise ValueError(f"{name}: share must be output or input, got {spec['share']!r}")
-    if format_name == SharedChannels.name and spec["storage"] not in ("float", *CODES.values()):
-        raise ValueError(f"{name}: storage must be float, int8 or int4, got {spec['storage']!r}")
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
-def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """transformers 5.14 and 5.17 take tensors of any shape into a model that has a quantizer."""
-    for name, tensor in model.state_dict().items():
-        if tensor.shape != shapes.get(name, tensor.shape):
-            raise ValueError(
-                f"{name} mismatch: {list(tensor.shape)} in the saved files, {list(shapes[name])} by config.json; "
-                f"save or download the model again"
-            )
+def _check_kinds(model: nn.Module, empty: dict[str, Tensor]) -> None:
+    """transformers takes tensors of any shape and dtype into a model that has a quantizer, and fills what is missing
+    with random numbers. A head that the saved model had not may be missing."""
+    names = getattr(model.config, "architectures", None) or ()
+    base = "" if type(model).__name__ in names else f"{getattr(model, 'base_model_prefix', '')}."
+    base = base if hasattr(model, base.removesuffix(".")) else ""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in empty:
+            loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+            if not loaded and name.startswith(base):
+                raise ValueError(f"the saved files lack {name}; save or download the model again")
+            _check_kind(name, tensor, empty[name])
 
 
-def _check_loaded(name: str, layer: nn.Module) -> None:
-    """transformers fills tensors it did not find with whatever is in memory, and only warns."""
-    tensors = layer.state_dict(keep_vars=True)
-    offloaded = any(tensor.is_meta for tensor in tensors.values())  # to disk
-    for key, tensor in tensors.items():
-        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-            raise ValueError(f"the saved files lack {name}.{key}; save or download the model again")
-    for key, demand in () if offloaded else _broken(layer):
-        raise ValueError(f"{name}.{key} must {demand}; the saved files are damaged")
+def _check_kind(name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{name} mismatch: {list(found.shape)} in the saved files, {list(expected.shape)} by config.json; "
+            f"save or download the model again"
+        )
+    if found.dtype != expected.dtype and not (found.is_floating_point() and expected.is_floating_point()):
+        raise ValueError(
+            f"{name} is {found.dtype} in the saved files, {expected.dtype} by config.json; save or download the model "
+            f"again"
+        )
 
 
-def _broken(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Each index tensor of a packed layer that points nowhere, and what it must be."""
-    if isinstance(layer, SharedLinear):
-        labels, channels = layer.labels, layer.channels
-        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < layer.clusters:
-            yield "labels", f"be in [0, {layer.clusters})"
-        if channels is not None and not torch.equal(channels.cpu().sort().values.long(), torch.arange(len(channels))):
-            yield "channels", "be a permutation"
-    if isinstance(layer, Sparse24Linear):
-        codes = torch.stack([layer.positions & 15, layer.positions >> 4])
-        if bool(((codes & 3) >= codes >> 2).any()):
-            yield "positions", "name two columns of every four, the first below the second"
-    if isinstance(layer, BitmapLinear):
-        kept = kept_entries(layer.bitmap)
-        starts = tile_offsets(kept)
-        if bool(untiled(kept, WORD)[:, layer.in_features :].any()):
-            yield "bitmap", f"have no bit past column {layer.in_features - 1}"
-        if not torch.equal(layer.offsets.long(), starts) or int(starts[-1]) != len(layer.weight):
-            yield "offsets", f"count the bits of every {TILE} rows of the bitmap"
+def _check_loaded(name: str, layer: PackedLinear | KeptRotary) -> None:
+    elsewhere = [key for key, tensor in layer.state_dict(keep_vars=True).items() if tensor.is_meta]
+    try:
+        layer.check(name, _offloaded(layer, elsewhere))
+    except ValueError as error:
+        raise ValueError(f"{error}; the saved files are damaged") from error
+
+
+def _offloaded(layer: nn.Module, keys: list[str]) -> dict[str, Tensor]:
+    """What accelerate will put in the place of tensors it has left on disk."""
+    hook = getattr(layer, "_hf_hook", None)
+    maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
+    return {key: weights[key] for weights in maps if weights is not None for key in keys}
 
 
 register()

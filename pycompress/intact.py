@@ -9,12 +9,30 @@ import torch
 from torch import Tensor
 
 from pycompress import sparse, storage
+from pycompress.brief import brief, listed
 from pycompress.formats import Bitmap, Rounded, SharedChannels, Sparse24
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODES = {name: dtype for dtype, name in storage.CODES.items()}
+FIELDS = {
+    SharedChannels.name: ("share", "clusters", "rank", "pivoted", "storage", "shape"),
+    Rounded.name: ("bits", "scales", "shape"),
+    Sparse24.name: ("shape",),
+    Bitmap.name: ("kept", "shape"),
+}
 # dtypes and shape of each tensor.
 Expected = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
+
+
+def check_spec(name: str, spec: Any) -> None:
+    """Raise `ValueError` unless this is the `spec()` of a packed weight, its fields' types and ranges included.
+
+    `name` is that of the module, for the message.
+    """
+    _expected(name, spec)
+    fields = FIELDS[spec["format"]]
+    if set(spec) != {"format", *fields}:
+        raise ValueError(f"{name}: a {spec['format']} spec has the fields format, {listed(fields)}; got {listed(spec)}")
 
 
 def check_tensors(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -46,14 +64,17 @@ def check_tensors(name: str, spec: Mapping[str, Any], tensors: Mapping[str, Tens
 def _expected(name: str, spec: Mapping[str, Any]) -> tuple[Expected, Callable[[Mapping[str, Tensor]], None]]:
     """The tensors a spec asks for, and what checks their values."""
     if not isinstance(spec, Mapping) or "format" not in spec:
-        raise ValueError(f"{name} has no format: its spec is {spec!r:.100}")
+        raise ValueError(f"{name} has no format: its spec is {brief(spec)}")
     shape = spec.get("shape")
     if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(_count(size) for size in shape):
-        raise ValueError(f"{name} needs a shape of two sizes, got {shape!r:.100}")
+        raise ValueError(f"{name} needs a shape of two sizes, got {brief(shape)}")
     kinds = {SharedChannels.name: _shared, Rounded.name: _rounded, Sparse24.name: _sparse24, Bitmap.name: _bitmap}
     kind = spec["format"]
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{name} has the unknown format {kind!r:.100}; this version knows {', '.join(kinds)}")
+        raise ValueError(
+            f"{name} has the unknown format {brief(kind)}; this pycompress knows {listed(kinds)}; upgrade it: "
+            f"pip install --upgrade pycompress"
+        )
     return kinds[kind](name, spec, (shape[0], shape[1]))
 
 
@@ -148,14 +169,14 @@ def _bitmap(
 def _number(name: str, spec: Mapping[str, Any], field: str, least: int, most: int) -> int:
     value = spec.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{field} of {name} must be an integer from {least} to {most}, got {value!r:.100}")
+        raise ValueError(f"{field} of {name} must be an integer from {least} to {most}, got {brief(value)}")
     return value
 
 
 def _one_of(name: str, spec: Mapping[str, Any], field: str, allowed: tuple[Any, ...]) -> Any:
     value = spec.get(field)
     if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
-        raise ValueError(f"{field} of {name} must be {' or '.join(map(str, allowed))}, got {value!r:.100}")
+        raise ValueError(f"{field} of {name} must be {' or '.join(map(str, allowed))}, got {brief(value)}")
     return value
 
 

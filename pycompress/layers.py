@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from inspect import signature
 from typing import Any, ClassVar
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from pycompress.formats import bitmap_pays
+from pycompress.brief import brief
+from pycompress.formats import Bitmap, SharedChannels, Sparse24, bitmap_pays
 from pycompress.groups import ARCHITECTURES, Branch
+from pycompress.intact import FLOATS, check_tensors
 from pycompress.ops.bitmap_linear import bitmap_linear
 from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel
 from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
@@ -22,7 +25,45 @@ from pycompress.sparse import bitmap_bytes, pack_bitmap, tiles, unpack_bitmap
 from pycompress.storage import CODES, scales_shape, stored_shape
 
 
-class SharedLinear(nn.Module):
+class PackedLinear(nn.Module):
+    """What the layers of a packed weight share: its tensors are checked wherever they come from."""
+
+    def spec(self) -> dict[str, Any]:
+        """Of the packed weight, as its format's `spec()`."""
+        raise NotImplementedError
+
+    def check(self, name: str, given: Mapping[str, Any] | None = None, assign: bool = False) -> None:
+        """Raise `ValueError` unless the tensors of this layer, called `name`, are what a packed weight has.
+
+        `given`: tensors that are to be copied into the layer's own, or with `assign` to take their place.
+        """
+        own = {**self._parameters, **self._buffers}
+        tensors = {part: tensor for part, tensor in own.items() if tensor is not None and part != "bias"}
+        for part in tensors.keys() & (given or {}).keys():
+            tensors[part] = _copied(f"{name}.{part}", given[part], tensors[part], assign)  # type: ignore[index]
+        check_tensors(name, self.spec(), tensors)
+
+    def check_loading(self, state_dict: Mapping[str, Any], prefix: str, assign: bool = False) -> None:
+        """`check` what a state dict has for this layer."""
+        names = {**self._parameters, **self._buffers}
+        given = {part: state_dict[prefix + part] for part in names if prefix + part in state_dict}
+        if given.keys() - {"bias"}:
+            self.check(prefix.removesuffix(".") or type(self).__name__, given, assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        self.check_loading(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _copied(name: str, given: Any, own: Tensor, assign: bool) -> Tensor:
+    """What a tensor becomes by loading: floats take the layer's dtype, integers must have it."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {brief(given)}")
+    both = given.is_floating_point() and own.is_floating_point()
+    return given.to(own.dtype) if both and not assign else given
+
+
+class SharedLinear(PackedLinear):
     """A linear layer whose channels share centroids, with a low-rank correction; see `formats.SharedChannels`.
 
     Takes `x [..., K]`, gives `[..., N]`; no dense weight is ever formed. `weight`, `factor` and `bias` train; stored as
@@ -66,6 +107,10 @@ class SharedLinear(nn.Module):
         for name, present in (("labels", bool(clusters)), ("channels", pivoted)):
             self.register_buffer(name, torch.empty(channels, dtype=index, device=device) if present else None)
 
+    def spec(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("share", "clusters", "rank", "pivoted", "storage")}
+        return {"format": SharedChannels.name, **sizes, "shape": (self.out_features, self.in_features)}
+
     def forward(self, x: Tensor) -> Tensor:
         buffers = self._buffers  # read directly: nn.Module's attributes cost a microsecond each
         return shared_linear_of_layer(
@@ -98,7 +143,7 @@ def _numbers(
     return nn.Parameter(empty, requires_grad=storage == "float")
 
 
-class PrunedLinear(nn.Module):
+class PrunedLinear(PackedLinear):
     """What the layers of a weight with zeros share: sizes, what is stored of the weight `[N, K]`, and the bias."""
 
     weight: nn.Parameter
@@ -138,13 +183,32 @@ class ZerosLinear(PrunedLinear):
             packed = pack_bitmap(self.weight.detach())
             destination |= {prefix + name: tensor for name, tensor in zip(self.stored, packed, strict=True)}
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def check(self, name: str, given: Mapping[str, Any] | None = None, assign: bool = False) -> None:
+        given = given or {}
+        weight = _copied(f"{name}.weight", given.get("weight", self.weight), self.weight, assign)
+        shape = (self.out_features, self.in_features)
+        if weight.dtype not in FLOATS:
+            raise ValueError(f"{name}.weight must hold floats, got {weight.dtype}")
+        if "bitmap" in given or "offsets" in given:
+            spec = {"format": Bitmap.name, "kept": len(weight) if weight.ndim else 0, "shape": shape}
+            others = {part: given[part] for part in self.stored[1:] if part in given}
+            check_tensors(name, spec, {"weight": weight} | others)
+        elif weight.shape != shape:
+            raise ValueError(f"{name}.weight must be {list(shape)} or come with a bitmap, got {list(weight.shape)}")
+
+    def check_loading(self, state_dict: Mapping[str, Any], prefix: str, assign: bool = False) -> None:
+        given = {part: state_dict[prefix + part] for part in self.stored if prefix + part in state_dict}
+        if given:
+            self.check(prefix.removesuffix(".") or type(self).__name__, given, assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         names = [prefix + name for name in self.stored]
         if all(name in state_dict for name in names):
+            self.check_loading(state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers", False)))
             values, bitmap, offsets = (state_dict[name] for name in names)
             dense = unpack_bitmap(values, bitmap, offsets, self.in_features)
             state_dict = {k: v for k, v in state_dict.items() if k not in names} | {names[0]: dense}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class _GradientOfKept(torch.autograd.Function):
@@ -175,6 +239,9 @@ class Sparse24Linear(PrunedLinear):
         super().__init__(shape, (n, k // 2), bias, **to)
         self.register_buffer("positions", torch.empty(n, k // 8, dtype=torch.uint8, device=to.get("device")))
 
+    def spec(self) -> dict[str, Any]:
+        return {"format": Sparse24.name, "shape": (self.out_features, self.in_features)}
+
     def forward(self, x: Tensor) -> Tensor:
         return sparse24_linear(x, self.weight, self.positions, self.bias)
 
@@ -197,6 +264,10 @@ class BitmapLinear(PrunedLinear):
         (n, k), device = shape, to.get("device")
         self.register_buffer("bitmap", torch.empty(n, bitmap_bytes(k), dtype=torch.uint8, device=device))
         self.register_buffer("offsets", torch.empty(tiles(n) + 1, dtype=torch.int32, device=device))
+
+    def spec(self) -> dict[str, Any]:
+        shape = (self.out_features, self.in_features)
+        return {"format": Bitmap.name, "kept": len(self.weight), "shape": shape}
 
     def forward(self, x: Tensor) -> Tensor:
         return bitmap_linear(x, self.weight, self.bitmap, self.offsets, self.bias)
@@ -224,10 +295,6 @@ class KernelLinear(nn.Linear):
         return subnet_linear(input, self.weight, self.bias)
 
 
-# Layers of a packed weight.
-PACKED = (SharedLinear, PrunedLinear)
-
-
 class KeptRotary(nn.Module):
     """Of a rotary embedding's cosines and sines `[..., rotary]`, those of the channels that an attention keeps.
 
@@ -236,12 +303,37 @@ class KeptRotary(nn.Module):
 
     channels: Tensor
 
-    def __init__(self, kept: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, kept: int, rotary: int, device: torch.device | str | None = None) -> None:
         super().__init__()
+        self.rotary = rotary
         self.register_buffer("channels", torch.empty(kept, dtype=torch.int32, device=device))
 
     def forward(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return cos.index_select(-1, self.channels), sin.index_select(-1, self.channels)
+
+    def check(self, name: str, given: Mapping[str, Any] | None = None, assign: bool = False) -> None:
+        """Raise `ValueError` unless the channels, or those `given`, are such pairs."""
+        own, found = self.channels, (given or {}).get("channels", self.channels)
+        if not isinstance(found, Tensor) or found.dtype != own.dtype or found.shape != own.shape:
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else brief(found)
+            raise ValueError(f"{name}.channels must be {own.dtype} {list(own.shape)}, got {kind}")
+        if found.is_meta or not len(found):
+            return
+        low, high = found.long().chunk(2)
+        ascending = bool((low.diff() > 0).all()) and int(low[0]) >= 0 and int(low[-1]) < self.rotary // 2
+        if len(low) != len(high) or not ascending or bool((high - low != self.rotary // 2).any()):
+            raise ValueError(
+                f"{name}.channels must be pairs of channels (j, j + {self.rotary // 2}) below {self.rotary}, ascending"
+            )
+
+    def check_loading(self, state_dict: Mapping[str, Any], prefix: str, assign: bool = False) -> None:
+        """`check` what a state dict has for this layer."""
+        if f"{prefix}channels" in state_dict:
+            self.check(prefix.removesuffix("."), {"channels": state_dict[f"{prefix}channels"]})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.check_loading(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"channels={len(self.channels)}"

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pycompress import hub
 from pycompress.formats import Packed, Rounded, SharedChannels
-from pycompress.layers import PACKED, BitmapLinear, KernelLinear
+from pycompress.intact import check_tensors
+from pycompress.layers import BitmapLinear, KernelLinear, PackedLinear
 from pycompress.records import Records
 from pycompress.state import replaced_forward, user_hooks
 
@@ -43,7 +44,7 @@ def check_replaceable(model: nn.Module, name: str) -> None:
     """
     hub.check_not_quantized(model)
     module = _submodule(model, name)
-    if isinstance(module, PACKED) or name in hub.compressed_modules(model):
+    if isinstance(module, PackedLinear) or hub.is_recorded(model, name):
         raise ValueError(f"{name} is compressed already; start from the dense model")
     if hub.linear_shape(module) is None:
         raise ValueError(f"{name}: {_not_a_linear(module)}")
@@ -84,13 +85,14 @@ def replace(model: nn.Module, name: str, packed: Packed) -> None:
 
     `Rounded` gives the module a new weight; other formats swap it for their layer on the same device, in the same
     dtype and mode, with the same bias. Raises `ValueError` as `check_replaceable` does, and
-    for a packed weight of another shape, leaving the model as it was.
+    for a packed weight of another shape or whose tensors are not what it says, leaving the model as it was.
     """
     check_replaceable(model, name)
     module = _submodule(model, name)
     shape = hub.linear_shape(module)
     if packed.shape != shape:
         raise ValueError(f"{name} is {list(shape or ())}, its packed weight {list(packed.shape)}")
+    check_tensors(name, packed.spec(), packed.tensors())
     if isinstance(packed, Rounded):
         weight = module.get_parameter("weight")
         values = (packed.values if isinstance(module, nn.Linear) else packed.values.T).to(weight.device, weight.dtype)

@@ -49,7 +49,7 @@ def resize(
     attention.scaling = softmax_scale(architecture, config, attention.scaling, geometry.width, index)
     if architecture.heads_from_config and getattr(config, architecture.heads) != geometry.heads:
         attention.config = OwnConfig(config, **{architecture.heads: geometry.heads})
-    _select_rotary(attention, None if rotary == geometry.rotary else geometry.rotary)
+    _select_rotary(attention, None if rotary == geometry.rotary else geometry.rotary, rotary)
 
 
 def slice_block(
@@ -124,13 +124,13 @@ class OwnConfig:
         return getattr(self.shared, name)
 
 
-def _select_rotary(attention: nn.Module, kept: int | None) -> None:
+def _select_rotary(attention: nn.Module, kept: int | None, rotary: int) -> None:
     for key, hook in list(attention._forward_pre_hooks.items()):
         if hook is keep_rotary:
             delattr(attention, KEPT_ROTARY)
             del attention._forward_pre_hooks[key], attention._forward_pre_hooks_with_kwargs[key]
     if kept is not None:
-        setattr(attention, KEPT_ROTARY, KeptRotary(kept, device="meta"))
+        setattr(attention, KEPT_ROTARY, KeptRotary(kept, rotary, device="meta"))
         attention.register_forward_pre_hook(keep_rotary, with_kwargs=True)
 
 

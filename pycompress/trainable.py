@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pycompress import groups, hub
 from pycompress.formats import Rounded
-from pycompress.layers import PACKED, PrunedLinear
+from pycompress.layers import PackedLinear, PrunedLinear
 from pycompress.state import HOOKS
 from pycompress.storage import storage_of
 
@@ -104,9 +104,9 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     Raises `ValueError` for targets that name nothing, a packed layer or a rounded one, and where no linear is ordinary.
     """
     names = [linear.name for linear in groups.select(model, targets)]
-    packed = [name for name in names if isinstance(model.get_submodule(name), PACKED)]
+    packed = [name for name in names if isinstance(model.get_submodule(name), PackedLinear)]
     rounded = [name for name in names if name in _rounded(model)]
-    other = [name for name in names if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D, *PACKED))]
+    other = [name for name in names if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D, PackedLinear))]
     if targets is None:
         names = [name for name in names if name not in packed and name not in rounded and name not in other]
     elif other:
@@ -177,7 +177,7 @@ def gradients_masked(model: PreTrainedModel, zeros: dict[str, Tensor]) -> Iterat
 
 
 def _packed(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PACKED)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def _rounded(model: nn.Module) -> set[str]:

@@ -350,7 +350,13 @@ def test_a_loaded_model_saves_again(saved, architecture, tmp_path):
 DAMAGED = {
     "widths": (lambda sliced: sliced["widths"].pop(), "two a block and one"),
     "blocks": (lambda sliced: sliced.update(widths=[None, 8, None]), "3 widths .* builds 4 blocks, which have 9"),
-    "architecture": (lambda sliced: sliced.update(architecture="Other"), "has the fields architecture"),
+    "architecture": (lambda sliced: sliced.update(architecture="Other"), "is a sliced 'Other', .* knows Llama"),
+    "too wide": (
+        lambda sliced: sliced["widths"].__setitem__(1, 10**9),
+        "is 1000000000 wide, but the whole model's is 64",
+    ),
+    "types": (lambda sliced: sliced["widths"].__setitem__(1, True), "integers of at least 1 or null"),
+    "fields": (lambda sliced: sliced.update(more=1), "has the fields architecture, widths; got"),
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import pycompress
 from pycompress import RTN, Magnitude, Prune, groups, hub
-from pycompress.layers import PACKED
+from pycompress.layers import PackedLinear
 from pycompress.trajectory import TrajectoryTracker
 
 IMAGE = 96
@@ -92,7 +92,7 @@ def zeros(model):
     """Names of linears, as they were, with the share of zeros of each."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, *PACKED)):
+        if isinstance(module, (nn.Linear, PackedLinear)):
             values = module.weight.count_nonzero() if name not in hub.compressed_modules(model) else None
             shape = (module.out_features, module.in_features)
             kept = hub.compressed_modules(model)[name]["kept"] if values is None else int(values)
