@@ -53,6 +53,8 @@ from pycompress.skeleton import (
 
 METHOD = "pycompress"
 FORMAT_VERSION = 3
+# More than any model has; config.json is read before the model is there to say.
+MOST_MODULES = 1 << 16
 LONGEST_NAME = 500
 # Formats whose tensors are stored otherwise than before.
 CHANGED_IN = {Sparse24.name: 3, Bitmap.name: 3}
@@ -119,6 +121,10 @@ class PycompressConfig(QuantizationConfigMixin):
         if not isinstance(modules, dict | None):
             raise ValueError(
                 f"modules in the pycompress quantization_config must map names to specs, got {brief(modules)}"
+            )
+        if modules and len(modules) > MOST_MODULES:
+            raise ValueError(
+                f"config.json lists {len(modules)} compressed modules, allowed are {MOST_MODULES}; it is damaged"
             )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version

@@ -10,7 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pycompress.brief import brief, listed
+
 STEM = "trajectory"
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Records:
@@ -29,7 +32,7 @@ class Records:
                 f"that holds the whole weights"
             )
         self.file = opened(file)
-        self.facts: dict[str, Any] = json.loads(self.file.metadata()[STEM])
+        self.facts = facts_of(self.file, file)
         self.names = frozenset(self.file.keys())
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -37,7 +40,8 @@ class Records:
         if name not in self.names:
             raise ValueError(
                 f"{name} was not followed: the trajectory in {self.folder} has {len(self.names)} other matrices, as "
-                f"{min(self.names, default='none')}; leave it out of targets, or record a training of this model"
+                f"{listed([min(self.names, default='none')])}; leave it out of targets, or record a training of this "
+                f"model"
             )
         recorded = tuple(self.file.get_slice(name).get_shape()[1:])
         if recorded != tuple(shape):
@@ -62,6 +66,38 @@ def importance(kept: Tensor, count: int, window: int | None, signed: bool) -> Te
         value = kept[record % len(kept)]
         total.add_((value if signed else value.abs()).float(), alpha=record)
     return total.abs_() / sum(records)
+
+
+def facts_of(found: Any, file: Path) -> dict[str, Any]:
+    """What an open file says of its records: `count`, `window`, `every`, `signed`, `targets`.
+
+    Raises `ValueError` unless all are there and every tensor is a matrix's records.
+    """
+    try:
+        facts = json.loads(found.metadata()[STEM])
+        if not isinstance(facts, dict) or facts.keys() != {"count", "window", "every", "signed", "targets"}:
+            raise ValueError(f"its facts are {brief(facts)}")
+        count, window, targets = facts["count"], facts["window"], facts["targets"]
+        if not _whole(count) or not (window is None or _whole(window)) or not isinstance(facts["signed"], bool):
+            raise ValueError(f"its facts are {brief(facts)}")
+        if facts["every"] != "epoch" and not (_whole(facts["every"]) and facts["every"]):
+            raise ValueError(f"every is {brief(facts['every'])}")
+        if targets is not None and not (isinstance(targets, list) and all(isinstance(each, str) for each in targets)):
+            raise ValueError(f"targets are {brief(targets)}")
+        records = 1 if window is None else window + 1
+        for name in found.keys():  # noqa: SIM118
+            part = found.get_slice(name)
+            shape, kind = part.get_shape(), part.get_dtype()
+            fits = kind == "F32" if window is None else kind in FLOATS
+            if len(shape) != 3 or shape[0] != records or not fits:
+                raise ValueError(f"{brief(name)} is {kind} {shape} where {records} records of a matrix are kept")
+        return facts
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged: {error}; save the trajectory again") from error
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def opened(file: Path) -> Any:

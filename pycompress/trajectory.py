@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from safetensors.torch import save
@@ -17,11 +19,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from pycompress.files import write_whole
-from pycompress.records import STEM, importance, opened
+from pycompress.files import folder_of, write_whole
+from pycompress.records import STEM, facts_of, importance, opened
 
 # What wrappers put before a module's name.
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
+
+
+LONGEST_STEM = 120
 
 
 class TrajectoryTracker(TrainerCallback):
@@ -56,6 +61,8 @@ class TrajectoryTracker(TrainerCallback):
             raise ValueError(f"window must be None for all records or an integer of at least 0, got {window!r}")
         if every != "epoch" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f'every must be "epoch" or a number of steps of at least 1, got {every!r}')
+        if storage not in ("device", "cpu"):
+            folder_of(storage, "storage")
         self.window = window
         self.every = every
         self.signed = signed
@@ -105,7 +112,7 @@ class TrajectoryTracker(TrainerCallback):
         """A tracker with the records that `save` wrote. Raises ValueError where there are none."""
         file = _file(Path(folder))
         with opened(file) as tensors:
-            facts = json.loads(tensors.metadata()[STEM])
+            facts = facts_of(tensors, file)
         count = facts.pop("count")
         tracker = cls(**facts, storage=storage)
         tracker._read(file, count)
@@ -125,7 +132,7 @@ class TrajectoryTracker(TrainerCallback):
             warnings.warn(f"{folder} holds no trajectory: records begin at step {state.global_step}", stacklevel=2)
             return
         with opened(_file(folder)) as tensors:
-            facts = json.loads(tensors.metadata()[STEM])
+            facts = facts_of(tensors, _file(folder))
         known = {"window": self.window, "every": self.every, "signed": self.signed}
         differ = [name for name, value in known.items() if facts[name] != value]
         if differ:
@@ -176,7 +183,10 @@ class TrajectoryTracker(TrainerCallback):
             return torch.zeros(shape, dtype=dtype, device=device)
         folder = Path(self.storage)
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{name}{_rank_suffix()}.bin"
+        # Names are those of modules or of a file, and may be of any characters and length.
+        stem = quote(name, safe="")
+        stem = stem if len(stem) <= LONGEST_STEM else f"{stem[:LONGEST_STEM]}-{sha256(name.encode()).hexdigest()}"
+        file = folder / f"{stem}{_rank_suffix()}.bin"
         return torch.from_file(str(file), shared=True, size=int(torch.Size(shape).numel()), dtype=dtype).view(shape)
 
     def _record(self, kept: Tensor, weight: Tensor) -> None:

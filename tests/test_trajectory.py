@@ -1,12 +1,15 @@
 """Importance along training against float64 sums over weights kept by hand; resumed and sharded runs."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
+from pycompress.records import Records
 from pycompress.trajectory import TrajectoryTracker
 
 
@@ -212,3 +215,57 @@ def test_shards_are_followed_and_put_together(tmp_path):
         exact = sum((weight + 0.25 * n).abs() * n for n in (1, 2, 3)) / 6
         torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-7)
     assert len(list(tmp_path.glob("trajectory-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("storage", ["device", "folder"])
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "x" * 300, "a\0b", "é"])
+def test_names_of_records_stay_in_the_storage_folder(tmp_path, storage, name):
+    facts = {"count": 1, "window": None, "every": "epoch", "signed": False, "targets": None}
+    saved = tmp_path / "deep" / "saved"
+    saved.mkdir(parents=True)
+    save_file({name: torch.ones(1, 2, 3)}, saved / "trajectory.safetensors", {"trajectory": json.dumps(facts)})
+    where = {"storage": tmp_path / "deep" / "ring"} if storage == "folder" else {}
+    before = {file for file in tmp_path.rglob("*") if file.is_file()}
+    tracker = TrajectoryTracker.load(saved, **where)
+    assert torch.equal(tracker.importance()[name], torch.ones(2, 3))
+    made = {file for file in tmp_path.rglob("*") if file.is_file()} - before
+    assert {file.parent for file in made} == ({where["storage"]} if where else set())
+
+
+FACTS = {"count": 2, "window": 1, "every": 3, "signed": False, "targets": ["*.q"]}
+
+
+@pytest.mark.parametrize(
+    ("facts", "tensor"),
+    [
+        ("[" * 10**5, None),
+        ("{", None),
+        ("[]", None),
+        (FACTS | {"more": 1}, None),
+        (FACTS | {"count": -1}, None),
+        (FACTS | {"count": "2"}, None),
+        (FACTS | {"count": 10**30}, None),
+        (FACTS | {"window": 10**9}, None),
+        (FACTS | {"window": True}, None),
+        (FACTS | {"every": 0}, None),
+        (FACTS | {"signed": 1}, None),
+        (FACTS | {"targets": [["q"]]}, None),
+        (FACTS, torch.ones(2, 3)),
+        (FACTS, torch.ones(3, 2, 3)),
+        (FACTS, torch.ones(2, 2, 3, dtype=torch.int64)),
+        (FACTS | {"window": None}, torch.ones(1, 2, 3, dtype=torch.bfloat16)),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path, facts, tensor):
+    text = facts if isinstance(facts, str) else json.dumps(facts)
+    file = tmp_path / "trajectory.safetensors"
+    save_file({"0": torch.ones(2, 2, 3) if tensor is None else tensor}, file, {"trajectory": text})
+    for load in (TrajectoryTracker.load, Records):
+        with pytest.raises(ValueError, match=r"trajectory\.safetensors is damaged") as error:
+            load(tmp_path)
+        assert len(str(error.value)) < 600 + len(str(tmp_path))
+
+
+def test_an_empty_name_is_no_storage_folder():
+    with pytest.raises(ValueError, match="storage is an empty name"):
+        TrajectoryTracker(storage="")
