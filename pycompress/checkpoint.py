@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -287,11 +286,13 @@ def differing(file: Path, identity: Mapping[str, str]) -> list[str]:
 
 def identity_of(model: nn.Module) -> dict[str, str]:
     """Hashes of what a model computes, and in which versions: tensors, and all that decides what becomes of them."""
+    from pycompress import __version__  # the package imports this module
+
     return {
         "model": _hash_of_tensors(model),
         "model config": _hash_of_forward(model),
         "torch version": str(torch.__version__),
-        VERSION: version("pycompress"),
+        VERSION: __version__,
     }
 
 

@@ -133,16 +133,20 @@ def append(folder: str | Path, run: Run) -> None:
     Raises `ValueError` for a number that is not finite, which JSON does not have.
     """
     line = json.dumps(run.to_dict(), allow_nan=False)
-    with _file(folder).open("a+b") as file:
-        file.seek(0)
-        _, _, tail = (content := file.read()).rpartition(b"\n")
-        if tail and _row(tail.decode(errors="replace")) is None:
-            file.truncate(len(content) - len(tail))
-        elif tail:
-            file.write(b"\n")
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    place = _file(folder)
+    try:
+        with place.open("a+b") as file:
+            file.seek(0)
+            _, _, tail = (content := file.read()).rpartition(b"\n")
+            if tail and _row(tail.decode(errors="replace")) is None:
+                file.truncate(len(content) - len(tail))
+            elif tail:
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"cannot write {place}: {error.strerror}") from error
 
 
 def _file(folder: str | Path) -> Path:

@@ -54,7 +54,7 @@ def environment_kept() -> Iterator[None]:
             del os.environ[name]
         os.environ.update(variables)
         for number, handler in handlers.items():
-            if signal.getsignal(number) is not handler:
+            if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         if gpu is not None:
             torch.cuda.set_device(gpu)

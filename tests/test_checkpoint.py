@@ -13,6 +13,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -188,6 +189,25 @@ def test_equal_weights_that_compute_something_else_are_another_model(change, los
     # Another recipe: of the first run only what it measured of the dense model could be taken.
     with pytest.raises(ValueError, match=r"is of another model"):
         again(change(tiny_model("LlamaForCausalLM")), finished, SWSC(0.4))
+
+
+def test_each_file_says_whose_it_is_and_its_hash(finished):
+    identity = hashlib.sha256(json.dumps(read_json(finished / "run.json"), sort_keys=True).encode()).hexdigest()
+    described = sorted(set(finished.glob("*.json")) - {finished / "run.json"})
+    assert len(described) == len(list(finished.glob("*.safetensors"))) == 5
+    for file in described:
+        content = read_json(file)
+        tensors = file.with_suffix(".safetensors")
+        assert content["identity"] == identity
+        assert content["tensors"] == hashlib.sha256(tensors.read_bytes()).hexdigest()
+        with safe_open(tensors, "pt") as opened:
+            assert opened.metadata() == {"identity": identity, "file": file.stem}
+
+
+def test_a_package_of_another_version_is_told(finished, tiny_model, monkeypatch):
+    monkeypatch.setattr(pycompress, "__version__", "9.9")
+    with pytest.raises(ValueError, match="is of another pycompress version; give another directory"):
+        again(tiny_model("LlamaForCausalLM"), finished)
 
 
 @pytest.mark.parametrize("where", ["torch version", "pycompress version"])
@@ -367,6 +387,12 @@ def test_a_full_disk_leaves_no_part_of_a_file_and_the_model_as_it_was(tiny_model
     assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
     monkeypatch.undo()
     again(model, tmp_path / "run")
+
+
+def test_what_a_killed_run_left_of_a_file_goes(finished, tiny_model):
+    (finished / ".block-0123-0001.safetensors.0123abcd.part").write_bytes(b"half")
+    again(tiny_model("LlamaForCausalLM"), finished)
+    assert not list(finished.glob(".*"))
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
