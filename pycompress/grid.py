@@ -12,8 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from pycompress import recipe as recipes
 from pycompress.files import read_text
 from pycompress.recipe import CONFIGS, Config
@@ -229,12 +227,7 @@ def load(file: str | Path) -> Grid:
     Raises `ValueError` with what was given and what is allowed, for every method at every keep, before anything runs.
     """
     path = Path(file)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the grid {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the grid {path} is not valid YAML: {error}") from error
+    content = recipes.read_yaml(path, "grid")
     try:
         return parse(content, path.parent)
     except (ValueError, TypeError) as error:

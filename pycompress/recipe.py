@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pycompress.brief import brief, clipped, listed
+
+# Of a YAML file, its aliases expanded.
+MOST_BYTES = 1 << 20
+MOST_VALUES = 10_000
+LONGEST = 1000
 
 CONFIGS: dict[str, type[Config]] = {}
 
@@ -32,6 +40,11 @@ class Config:
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", (self.targets,))
         elif self.targets is not None:
+            plain = isinstance(self.targets, Collection) and not isinstance(self.targets, (bytes, Mapping))
+            if not plain or not all(isinstance(target, str) for target in self.targets):
+                raise ValueError(
+                    f"{self.name}.targets must be roles or patterns, as in [q, down], got {brief(self.targets)}"
+                )
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.targets == ():
             raise ValueError(
@@ -73,17 +86,17 @@ class Config:
     def check_choice(self, field: str, *allowed: str) -> None:
         value = getattr(self, field)
         if value not in allowed:
-            raise ValueError(f"{self.name}.{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(f"{self.name}.{field} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}")
 
     def check_fraction(self, field: str) -> None:
         value = getattr(self, field)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1 or math.isnan(value):
-            raise ValueError(f"{self.name}.{field} must be in (0, 1], got {value!r}")
+            raise ValueError(f"{self.name}.{field} must be in (0, 1], got {brief(value)}")
 
     def check_count(self, field: str, least: int) -> None:
         value = getattr(self, field)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{self.name}.{field} must be an integer of at least {least}, got {value!r}")
+            raise ValueError(f"{self.name}.{field} must be an integer of at least {least}, got {brief(value)}")
 
 
 Recipe = list[Config]
@@ -109,7 +122,7 @@ def _configs(recipe: Config | list[Config] | tuple[Config, ...] | str | Path) ->
         wrong = [type(entry).__name__ for entry in recipe if not isinstance(entry, Config)]
         if wrong or not recipe:
             raise TypeError(
-                f"a recipe is a non-empty list of configs such as SWSC(keep=0.5), got {wrong or 'no entry'}"
+                f"a recipe is a non-empty list of configs such as SWSC(keep=0.5), got {listed(wrong) or 'no entry'}"
             )
         return list(recipe)
     if isinstance(recipe, str) and recipe in CONFIGS:
@@ -117,7 +130,9 @@ def _configs(recipe: Config | list[Config] | tuple[Config, ...] | str | Path) ->
     if isinstance(recipe, (str, Path)):
         path = Path(recipe)
         if path.suffix not in (".yaml", ".yml"):
-            raise ValueError(f"{str(recipe)!r} is neither a method ({', '.join(sorted(CONFIGS))}) nor a .yaml file")
+            raise ValueError(
+                f"{brief(str(recipe))} is neither a method ({', '.join(sorted(CONFIGS))}) nor a .yaml file"
+            )
         return load(path)
     raise TypeError(
         f"a recipe is a config, a list of configs, a method's name or a YAML path, got {type(recipe).__name__}"
@@ -128,35 +143,90 @@ def from_dict(entry: dict[str, Any]) -> Config:
     """One config from its dictionary form, `{"method": name, setting: value, …}`."""
     settings = dict(entry) if isinstance(entry, dict) else {}
     method = settings.pop("method", None)
-    if method not in CONFIGS:
-        raise ValueError(f"a recipe entry needs `method`, one of {', '.join(sorted(CONFIGS))}; got {entry!r}")
+    if not isinstance(method, str) or method not in CONFIGS:
+        raise ValueError(f"a recipe entry needs `method`, one of {', '.join(sorted(CONFIGS))}; got {brief(entry)}")
     config = CONFIGS[method]
     allowed = [field.name for field in dataclasses.fields(config)]
     unknown = [name for name in settings if name not in allowed]
     if unknown:
-        raise ValueError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(allowed)}")
+        raise ValueError(f"{method} has no setting {brief(unknown[0])}; it has {', '.join(allowed)}")
     try:
         return config(**settings)
     except TypeError as error:
         missing = [
             f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING and f.name not in settings
         ]
-        raise ValueError(f"{method} needs {', '.join(missing)}; give it in the recipe") from error
+        why = f"needs {', '.join(missing)}; give it in the recipe" if missing else f"cannot be made: {clipped(error)}"
+        raise ValueError(f"{method} {why}") from error
 
 
 def load(path: Path) -> Recipe:
     """Read a YAML file: one entry, or a list of entries, each `method:` and its settings."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"the recipe {path} is not valid YAML: {error}") from error
+    content = read_yaml(path, "recipe")
     entries = content if isinstance(content, list) else [content]
     return [from_dict(entry) for entry in entries]
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The plain values of a YAML file. `ValueError`, with `what` the file is, where it cannot be read or is damaged."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read the {what} {clipped(path)}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the {what} {clipped(path)}: it is not UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"cannot read the {what} {clipped(path)}: {error}") from error
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the {what} {clipped(path)} is not valid YAML: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text; `ValueError` for more than MOST_VALUES of them, or a key that is there twice."""
+    loader: Any = None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_nodes(root)
+        return loader.construct_document(root)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(clipped(error)) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_nodes(root: Any) -> None:
+    left, count = [root], 0
+    while left:
+        node, count = left.pop(), count + 1
+        if count > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values, its aliases expanded")
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
+            raise ValueError(f"a value has {len(node.value)} characters, more than {LONGEST}")
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [value for (_, value), times in keys.items() if times > 1]
+            if twice:
+                raise ValueError(f"the key {brief(twice[0])} is there twice")
+            left += [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
 
 
 def save(recipe: Recipe, path: Path) -> None:
     """Write a recipe as the YAML that `load` reads."""
     entries = [{k: list(v) if isinstance(v, tuple) else v for k, v in c.to_dict().items()} for c in recipe]
-    path.write_text(yaml.safe_dump(entries, sort_keys=False))
+    path.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
