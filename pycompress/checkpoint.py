@@ -281,6 +281,8 @@ def differing(file: Path, identity: Mapping[str, str]) -> list[str]:
             f"to start over"
         )
     known = read_json(file)
+    if VERSION in identity and VERSION not in known:
+        raise ValueError(f"{file} is damaged: it says nothing of whose it is; delete {file.parent} to start over")
     return [name for name in {**identity, **known} if known.get(name) != identity.get(name)]
 
 
@@ -320,12 +322,14 @@ def _hash_of_forward(model: nn.Module) -> str:
     """A hash of the config's fields, and of each module: the class whose forward it runs, its plain settings."""
     config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    facts: list[Any] = [_deciding(fields), str(getattr(config, "_attn_implementation", None))]
+    facts: list[Any] = [_deciding(fields)]
     for name, module in model.named_modules():
         runs = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
         plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-        facts.append([name, runs.__qualname__, _deciding(plain)])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        facts.append([name, runs.__qualname__, str(attention), _deciding(plain)])
+    text = json.dumps(facts, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _deciding(fields: Any) -> Any:

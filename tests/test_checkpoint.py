@@ -164,6 +164,11 @@ def with_other_activation(model):
     return model
 
 
+def with_other_attention(model):
+    model.set_attn_implementation("eager")
+    return model
+
+
 def with_other_rope(model):
     model.model.rotary_emb.inv_freq.mul_(0.5)  # a buffer that no file holds
     return model
@@ -181,7 +186,15 @@ def with_other_attribute(model):
 
 @pytest.mark.parametrize("lost", [False, True], ids=["run.json", "run.json lost"])
 @pytest.mark.parametrize(
-    "change", [with_other_eps, with_other_activation, with_other_rope, with_other_module, with_other_attribute]
+    "change",
+    [
+        with_other_eps,
+        with_other_activation,
+        with_other_attention,
+        with_other_rope,
+        with_other_module,
+        with_other_attribute,
+    ],
 )
 def test_equal_weights_that_compute_something_else_are_another_model(change, lost, finished, tiny_model):
     if lost:
@@ -221,6 +234,20 @@ def test_a_checkpoint_of_a_version_without_hashes_is_refused(finished, tiny_mode
     (finished / "run.json").write_text(json.dumps({"model": "1", "calibration data": "2", "torch version": "3"}))
     with pytest.raises(ValueError, match=r"run\.json was written by an earlier version of pycompress; give another"):
         again(tiny_model("LlamaForCausalLM"), finished)
+
+
+def test_another_file_in_the_place_of_whose_it_is_is_refused(finished, tiny_model):
+    (finished / "run.json").write_bytes((finished / "gradients.json").read_bytes())
+    with pytest.raises(ValueError, match=r"run\.json is damaged: it says nothing of whose it is"):
+        again(tiny_model("LlamaForCausalLM"), finished)
+
+
+def test_names_and_habits_do_not_make_another_model(finished, tiny_model, monkeypatch):
+    monkeypatch.setattr("pycompress.methods.swsc.compress", lambda *_: pytest.fail("compressed again"))
+    model = tiny_model("LlamaForCausalLM").train()
+    model.config.update({"use_cache": False, "name_or_path": "elsewhere", "pad_token_id": 5, "output_hidden_states": True})
+    model.config.transformers_version = "0.1"
+    again(model, finished)
 
 
 def test_a_file_of_another_run_among_a_runs_files_is_refused(finished, tiny_model, tmp_path):
