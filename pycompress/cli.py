@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pycompress.files import read_text
+from pycompress.brief import brief, clipped
+from pycompress.files import finite, read_text
 
 app = typer.Typer(
-    help="Make causal language models smaller and faster, and measure what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +30,27 @@ LawName = Annotated[str, typer.Option(help="v1 or v2.")]
 Unit = Annotated[float, typer.Option(help="Recovery tokens to one of D.")]
 Device = Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; null where there is no finite number.")]
+
+# Of a model's folder, what its tokenizer and processor read.
+CARRIED = (".json", ".jinja", ".model", ".txt")
+LONGEST_ERROR = 1000
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pycompress {_version('pycompress')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make causal language models smaller and faster, and measure what it cost."""
 
 
 @app.command()
@@ -43,7 +64,7 @@ def info(json: Json = False) -> None:
             "build": _ext.build_info(),
             "ops": {name: describe() for name, describe in ops.OPS.items()},
         }
-        typer.echo(dumps(facts, indent=1) if json else _as_text(facts))
+        typer.echo(_json(facts) if json else _as_text(facts))
 
 
 @app.command()
@@ -56,7 +77,9 @@ def compress(
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on, cut into windows.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text to calibrate on; may be repeated.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window of the calibration file.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window of the calibration file; 512, or what fits, if not given.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows to take, spread over the file.")] = 64,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
     device: Device = None,
@@ -71,7 +94,7 @@ def compress(
             raise typer.BadParameter("give --calibration or --text, not both")
         steps = _recipe(recipe, setting or [])
         passage = None if calibration is None else read_text(calibration)
-        _make_folder(out)
+        _make_model_folder(out, model)
         network, tokenizer = _load(model, device, dtype)
         batches: Any = text or None
         if passage is not None:
@@ -79,6 +102,7 @@ def compress(
         report = pycompress.apply(network, steps, batches, tokenizer=tokenizer, checkpoint=checkpoint)
         network.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        _carry(model, out)
         report.to_json(out / "report.json")
         typer.echo(str(report))
         typer.echo(f"saved in {out}")
@@ -109,7 +133,7 @@ def recover(
         import pycompress
 
         passage = read_text(text)
-        _make_folder(out)
+        _make_model_folder(out, model, teacher)
         network, tokenizer = _load(model, "cpu", dtype)
         # Under torchrun each process has a GPU of its own.
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -132,6 +156,7 @@ def recover(
         if int(os.environ.get("RANK", 0)) == 0:  # under torchrun every process has the model
             network.save_pretrained(out)
             tokenizer.save_pretrained(out)
+            _carry(model, out)
             typer.echo(str(result))
             typer.echo(f"saved in {out}")
 
@@ -140,7 +165,9 @@ def recover(
 def perplexity(
     model: ModelFolder,
     text: Annotated[Path, typer.Option(help="Text file.", show_default=False)],
-    window: Annotated[int, typer.Option(help="Tokens a window, BOS not counted.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window, BOS not counted; 512, or what fits, if not given.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; the window if not given.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after this many windows.")] = None,
     device: Device = None,
@@ -154,7 +181,7 @@ def perplexity(
         passage = read_text(text)
         network, tokenizer = _load(model, device, dtype)
         value = measure(network, tokenizer, passage, window, stride, max_windows)
-        typer.echo(dumps({"perplexity": value}) if json else f"perplexity {value:.4f}")
+        typer.echo(_json({"perplexity": value}) if json else f"perplexity {value:.4f}")
 
 
 @app.command()
@@ -182,7 +209,7 @@ def tasks(
         settings: dict[str, Any] = {"limit": limit, "batch_size": batch, "checkpoint": checkpoint}
         found = evaluate(network, tokenizer, wanted, data_dir, **settings)
         if json:
-            typer.echo(dumps({name: asdict(accuracy) for name, accuracy in found.items()}, indent=1))
+            typer.echo(_json({name: asdict(accuracy) for name, accuracy in found.items()}))
             return
         width = max(map(len, found))
         typer.echo("\n".join(f"{name:{width}}  {accuracy}" for name, accuracy in found.items()))
@@ -215,7 +242,7 @@ def speed(
             networks |= again
         speeds = compare_speed(networks, batch, prompt, new_tokens, repeats)
         if json:
-            typer.echo(dumps({name: asdict(measured) for name, measured in speeds.items()}, indent=1))
+            typer.echo(_json({name: asdict(measured) for name, measured in speeds.items()}))
             return
         typer.echo("\n".join(f"{name}\n{measured}" for name, measured in speeds.items()))
 
@@ -229,7 +256,10 @@ def sweep(
     workers: Annotated[int, typer.Option(help="Ray workers.")] = 1,
     device: Device = None,
 ) -> None:
-    """Measure every run of a grid, one row a run; the same command goes on after a kill."""
+    """Measure every run of a grid, one row a run; the same command goes on after a kill.
+
+    Exit code 1 where a run failed, now or before.
+    """
     with plain_errors():
         from pycompress import grid as grids
         from pycompress.sweep import sweep as measure
@@ -239,6 +269,8 @@ def sweep(
         rows = measure(plan, out, retry_failed=retry_failed, executor=executor, workers=workers, device=device)
         failed = sum(row.error is not None for row in rows)
         typer.echo(f"{len(rows)} runs in {out}" + (f", {failed} of them failed" if failed else ""))
+        if failed:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -260,7 +292,7 @@ def laws(
         _make_folder(out.parent)
         command = f"pycompress laws {runs} --law {law} --unit {unit:g}"
         out.write_text(page(summary, f"Compression laws: {', '.join(summary.models)}", command), encoding="utf-8")
-        typer.echo(dumps(summary.to_dict(), indent=1) if json else "\n\n".join(map(str, summary.tables())))
+        typer.echo(_json(summary.to_dict()) if json else "\n\n".join(map(str, summary.tables())))
         typer.echo(f"report in {out}", err=True)
 
 
@@ -295,7 +327,7 @@ def advise(
             unit=unit,
             extrapolate=extrapolate,
         )
-        typer.echo(dumps(advice.to_dict(), indent=1) if json else str(advice))
+        typer.echo(_json(advice.to_dict()) if json else str(advice))
 
 
 @app.command()
@@ -312,13 +344,23 @@ def demo(
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn an expected error into one sentence and exit code 1; `PYCOMPRESS_DEBUG=1` shows its traceback instead."""
+    """Turn an error into one sentence and exit code 1, Ctrl-C into one line and 130.
+
+    `PYCOMPRESS_DEBUG=1` shows the traceback instead.
+    """
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("PYCOMPRESS_DEBUG") or isinstance(error, typer.Exit | typer.Abort):
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("PYCOMPRESS_DEBUG"):
             raise
-        sentence = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
+        sentence = clipped(error, LONGEST_ERROR) or type(error).__name__
+        if not isinstance(error, EXPECTED):
+            sentence = f"{type(error).__name__}: {sentence}; PYCOMPRESS_DEBUG=1 shows where"
         typer.echo(f"error: {sentence}", err=True)
         raise typer.Exit(1) from None
 
@@ -345,14 +387,15 @@ def _recipe(name: str, settings: list[str]) -> Any:
 
     if not settings:
         return recipe.parse(name)
-    import yaml
-
     entry: dict[str, Any] = {"method": name}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set takes name=value, such as keep=0.5; got {setting!r}")
-        entry[key] = yaml.safe_load(value)
+            raise ValueError(f"--set takes name=value, such as keep=0.5; got {brief(setting)}")
+        try:
+            entry[key] = recipe.parse_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"--set {brief(setting)}: {error}") from error
     return [recipe.from_dict(entry)]
 
 
@@ -364,6 +407,30 @@ def _make_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write to {folder}: it is not writable")
+
+
+def _make_model_folder(out: Path, *sources: Path | None) -> None:
+    """As `_make_folder`, for a model that is to be saved there: no other model's files may be mixed with its own."""
+    for source in sources:
+        if source is not None and out.resolve() == source.resolve():
+            raise ValueError(f"{out} is the folder of the model itself, which would be overwritten; give another one")
+    _make_folder(out)
+    patterns = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+    found = [file.name for pattern in patterns for file in sorted(out.glob(pattern))]
+    if found:
+        raise ValueError(f"{out} holds a model already ({found[0]}); delete it or give another folder")
+
+
+def _carry(source: Path, out: Path) -> None:
+    """Copy what saving a model and a tokenizer leaves out: the settings of a processor, of images, of chats."""
+    for file in sorted(source.iterdir()):
+        weights = file.name.endswith(".index.json") or file.name == "report.json"
+        if file.suffix in CARRIED and file.is_file() and not weights and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+
+
+def _json(value: Any) -> str:
+    return dumps(finite(value), indent=1, allow_nan=False)
 
 
 def _version(package: str) -> str | None:

@@ -203,7 +203,7 @@ os.register_at_fork(after_in_child=_release_in_child)
 def read_text(file: str | Path) -> str:
     """A UTF-8 text; `ValueError` where it cannot be read."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the text {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

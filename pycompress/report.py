@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pycompress.brief import brief
+from pycompress.files import finite
 from pycompress.search import Result
 
 # The format of a linear whose block is gone.
@@ -74,21 +76,26 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, written to `path` too where one is given. An error that is not known is null."""
+        """The report as JSON text, written to `path` too where one is given; null where there is no finite number."""
         totals = {name: asdict(total) | {"keep": total.keep} for name, total in self._totals()}
-        rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.rows]
-        text = json.dumps({"recipe": self.recipe, **totals, "rows": rows}, indent=1)
+        rows = [asdict(row) for row in self.rows]
+        text = json.dumps(finite({"recipe": self.recipe, **totals, "rows": rows}), indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote."""
-        data = json.loads(text)
-        rows = (row | {"error": math.nan if row["error"] is None else row["error"]} for row in data["rows"])
-        targets, decoder, file = (Total(data[n]["before"], data[n]["after"]) for n in ("targets", "decoder", "file"))
-        return cls(tuple(Row(**row) for row in rows), targets, decoder, file, data["recipe"])
+        """The report that `to_json` wrote. Raises `ValueError` for another text."""
+        try:
+            data = json.loads(text)
+            rows = (row | {"error": math.nan if row["error"] is None else row["error"]} for row in data["rows"])
+            targets, decoder, file = (
+                Total(data[n]["before"], data[n]["after"]) for n in ("targets", "decoder", "file")
+            )
+            return cls(tuple(Row(**row) for row in rows), targets, decoder, file, data["recipe"])
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"the text is no report that to_json wrote: {brief(text)}") from error
 
     def plot(self, path: str | Path) -> None:
         """Kept bytes and output error of every module over depth, as an image; needs `pip install pycompress[plot]`."""

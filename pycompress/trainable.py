@@ -19,6 +19,7 @@ from pycompress.state import HOOKS
 from pycompress.storage import storage_of
 
 ADVICE = 'method="factors" trains what packed layers hold in floats'
+ROUNDED = "recover the dense model first, then round it"
 
 
 @contextmanager
@@ -85,6 +86,8 @@ def trained_parameters(model: PreTrainedModel, method: str) -> list[str]:
     if method == "full":
         return floats
     packed = _packed(model)
+    if not packed and rounded:
+        raise ValueError(f'the model\'s weights are rounded, and method="factors" trains packed layers; {ROUNDED}')
     if not packed:
         raise ValueError(
             'the model has no packed layer, so method="factors" has nothing to train; take method="lora" or "full"'
@@ -105,7 +108,8 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     """
     names = [linear.name for linear in groups.select(model, targets)]
     packed = [name for name in names if isinstance(model.get_submodule(name), PackedLinear)]
-    rounded = [name for name in names if name in _rounded(model)]
+    records = _rounded(model)
+    rounded = [name for name in names if name in records]
     other = [name for name in names if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D, PackedLinear))]
     if targets is None:
         names = [name for name in names if name not in packed and name not in rounded and name not in other]
@@ -115,7 +119,9 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     elif packed:
         raise ValueError(f"{packed[0]} is packed, and LoRA cannot be merged into it; {ADVICE}")
     elif rounded:
-        raise ValueError(f"{rounded[0]} holds rounded weights, which LoRA would undo; recover first, then round")
+        raise ValueError(f"{rounded[0]} holds rounded weights, which LoRA would undo; {ROUNDED}")
+    if not names and not packed:
+        raise ValueError(f"every linear of the blocks is rounded, which LoRA would undo; {ROUNDED}")
     if not names:
         raise ValueError(f'every linear of the blocks is packed or rounded, so method="lora" finds none; {ADVICE}')
     return names

@@ -325,3 +325,11 @@ def test_a_bitmap_on_disk_stays_a_bitmap(saved, tmp_path):
     assert isinstance(packed(model)[1], BitmapLinear)
     expected = AutoModelForCausalLM.from_pretrained(saved / "zeros")(IDS).logits
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "factors"])
+def test_recovery_of_a_rounded_model_is_told_to_come_before_rounding(tiny_model, method):
+    model = tiny_model("LlamaForCausalLM")
+    pycompress.apply(model, RTN(4), progress=False)
+    with pytest.raises(ValueError, match="rounded.*recover the dense model first, then round it"):
+        pycompress.recover(model, IDS, tokens=48, window=24, batch_size=2, method=method, progress=False)

@@ -31,6 +31,7 @@ from pycompress.demo.variants import (
     rtn,
     swsc,
 )
+from pycompress.files import finite
 from pycompress.measure import token_windows
 
 __all__ = ["Case", "Settings", "run"]
@@ -143,7 +144,7 @@ def _rows(dense: Variant, made: list[tuple[Variant, dict[str, Any]]], measured: 
 def _publish(rows: list[Row], text: str, out: Path, say: Callable[[str], None]) -> None:
     page = "\n\n".join([table(rows), NOTE, continuations(rows, opening(text))])
     (out / "table.txt").write_text(page + "\n", encoding="utf-8")
-    (out / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    (out / "rows.json").write_text(json.dumps(finite([asdict(row) for row in rows]), indent=1, allow_nan=False))
     print(f"\n{page}\n")
     try:
         plot(rows, out / "demo.png")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pycompress.files import finite
 from pycompress.laws.fitting import fit_methods
 from pycompress.laws.law import Estimate, Law
 from pycompress.runs import Run
@@ -48,8 +49,9 @@ class Advice:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; what is not finite is None."""
+        plain: dict[str, Any] = finite(asdict(self))
+        return plain
 
 
 @dataclass(frozen=True)

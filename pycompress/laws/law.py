@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pycompress.files import finite
+
 Features = dict[str, Any]
 
 
@@ -184,7 +186,8 @@ class Law:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite is None."""
         plain = asdict(self) | {"equation": FORMS[self.law].equation}
-        return {name: _plain(value) for name, value in plain.items()}
+        found: dict[str, Any] = finite(plain)
+        return found
 
     def _defaults(self, dense: float | None, tokens: float | None) -> tuple[float, float]:
         if dense is None and self.dense[0] < self.dense[1]:
@@ -228,11 +231,3 @@ class Law:
     def _inverse(self, feature: float) -> float:
         """The ratio of a value of its feature, at least -1; past 1 as far as floats go."""
         return FORMS[self.law].inverse(min(max(feature, -700.0), 700.0))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

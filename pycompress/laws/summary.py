@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pycompress.files import finite
 from pycompress.laws.fitting import fit_methods
 from pycompress.laws.law import FORMS, Estimate, Law
 from pycompress.runs import QUANTITIES, Run
@@ -67,11 +68,13 @@ class Summary:
         return [table for table in tables if table.rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: the laws, and the tables but for theirs."""
+        """Plain JSON values: the laws, and the tables but for theirs; what is not finite is None."""
         by_quantity = {
             quantity: {method: law.to_dict() for method, law in laws.items()} for quantity, laws in self.laws.items()
         }
-        return {"law": self.law, "unit": self.unit, "laws": by_quantity, "without_a_law": self.reasons} | {
+        plain: dict[str, Any] = {"law": self.law, "unit": self.unit, "laws": by_quantity}
+        plain |= {
+            "without_a_law": self.reasons,
             "critical_ratios": [
                 row | {"ratio": asdict(row["ratio"])}
                 for quantity in self.quantities
@@ -79,6 +82,8 @@ class Summary:
             ],
             "failed": {run.key: run.error for run in self.failed},
         }
+        found: dict[str, Any] = finite(plain)
+        return found
 
 
 def summarise(runs: Iterable[Run], law: str = "v1", unit: float = 1e6) -> Summary:

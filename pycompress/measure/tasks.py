@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from json import JSONDecodeError, loads
+from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,19 @@ def read_questions(name: str, data_dir: str | Path | None) -> list[dict[str, Any
         raise ValueError(f"{name} is read from {name}.jsonl; give its folder as data_dir, or set PYCOMPRESS_DATA")
     file = Path(folder) / f"{name}.jsonl"
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: a question may hold other separators of lines.
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the questions {file}: {getattr(error, 'strerror', error)}") from error
+        raise ValueError(
+            f"cannot read the questions {file}: {getattr(error, 'strerror', 'it is not UTF-8')}"
+        ) from error
     if not lines:
         raise ValueError(f"{file} holds no questions; it needs a line of JSON for each")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(_question(name, loads(line)))
-        except (JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             form = "context_options, continuation" if name == "winogrande" else "query, choices"
             raise ValueError(
                 f"line {number} of {file} is no question: it needs {form} and the index gold of the right one"
@@ -122,9 +125,11 @@ def read_questions(name: str, data_dir: str | Path | None) -> list[dict[str, Any
 
 
 def _question(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    options = [str(option) for option in row["context_options" if name == "winogrande" else "choices"]]
-    gold = row["gold"]
-    if not (isinstance(gold, int) and 0 <= gold < len(options)):
+    given, gold = row["context_options" if name == "winogrande" else "choices"], row["gold"]
+    if not isinstance(given, list) or not isinstance(gold, int) or isinstance(gold, bool):
+        raise TypeError(given)
+    options = [str(option) for option in given]
+    if not 0 <= gold < len(options):
         raise IndexError(gold)
     if name == "winogrande":
         return {"context_options": options, "continuation": str(row["continuation"]), "gold": gold}
