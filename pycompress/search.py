@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from pycompress.files import read_json, sealed, unsealed, write_json, write_whole
+from pycompress.files import folder_of, read_json, sealed, unsealed, write_json, write_whole
 
 # The paper's search spaces (its table 7), by kept ratio: the least share of channels a block keeps, and the fewest
 # blocks of models of 12 and 24 (OPT), 32, 40, 60 and 80 (LLaMA) blocks. At 0.7 the
@@ -597,7 +597,7 @@ class _State:
     """A search on disk: `search-*.json` after each generation, and a line in `search-*.jsonl` for each evaluation."""
 
     def __init__(self, folder: str | Path | None, name: str) -> None:
-        self.file = None if folder is None else Path(folder) / f"search-{name}.json"
+        self.file = None if folder is None else folder_of(folder, "folder") / f"search-{name}.json"
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
 

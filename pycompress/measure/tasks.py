@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pycompress.checkpoint import hash_of
+from pycompress.files import folder_of
 from pycompress.measure.model import evaluation
 
 # What ends a query of a local file, as the harness's own task of that data has it.
@@ -178,7 +179,7 @@ def _remembering(lm: Any, checkpoint: str | Path | None) -> Iterator[Any]:
     if checkpoint is None:
         yield lm
         return
-    file = Path(checkpoint) / f"{hash_of(lm.model)[:16]}.db"
+    file = folder_of(checkpoint, "checkpoint") / f"{hash_of(lm.model)[:16]}.db"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
