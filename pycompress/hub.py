@@ -190,7 +190,7 @@ class PycompressQuantizer(HfQuantizer):
                 layer = empty_layer(spec, module.bias is not None, weight.dtype, weight.device)
                 model.set_submodule(name, layer)
         self._empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-        _check_headers(model, config, kwargs.get("checkpoint_files"))
+        _check_headers(model, kwargs.get("checkpoint_files"))
         _watch(model)
         # Where get_new_dtype is missing (5.14, 5.17), transformers leaves a tensor that it renames while loading a
         # pre-quantized model in its saved dtype, whatever dtype was asked for.
@@ -486,7 +486,7 @@ def _hash(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _check_headers(model: nn.Module, config: PycompressConfig, files: list[str] | None) -> None:
+def _check_headers(model: nn.Module, files: list[str] | None) -> None:
     """Before anything is allocated: whether the saved files hold the tensors that config.json describes."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return
@@ -494,30 +494,31 @@ def _check_headers(model: nn.Module, config: PycompressConfig, files: list[str] 
     for file in files:
         with safe_open(file, "pt") as opened:
             held |= {name: _header(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    ours = list(config.modules)
-    if config.blocks is not None or config.sliced is not None:
-        ours = [name for name, module in model.named_modules() if not list(module.children())]
-    total = 0
-    for name in ours:
-        module = model.get_submodule(name)
-        own = {part: tensor for part, tensor in module.state_dict().items() if not isinstance(module, nn.Embedding)}
-        given = {}
-        for part, tensor in own.items():
-            full = f"{name}.{part}"
-            found = next((held[n] for n in (full, full.removeprefix(prefix), prefix + full) if n in held), None)
-            total += tensor.numel()
-            if found is not None:
-                given[part] = found
-                _check_kind(full, found, tensor)
-        if isinstance(module, PackedLinear | KeptRotary):
-            module.check(name, given)
+    prefix, base, missing = f"{getattr(model, 'base_model_prefix', '')}.", _expected(model), 0
+    given: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        found = next((held[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in held), None)
+        if found is None:
+            missing += tensor.numel()
+        elif name.startswith(base):
+            _check_kind(name, found, tensor)
+            given[name] = found
     numbers = sum(tensor.numel() for tensor in held.values())
-    if total > numbers:
+    if missing > numbers:
         raise ValueError(
-            f"config.json describes tensors of {total} numbers, but the saved files hold {numbers}; save or download "
-            f"the model again"
+            f"the saved files lack {missing} of the numbers that config.json describes, and hold {numbers}; save or "
+            f"download the model again"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | KeptRotary):
+            module.check_loading(given, f"{name}.")
+
+
+def _expected(model: nn.Module) -> str:
+    """What the names of those tensors begin with that the saved files must hold: a head may be a new one."""
+    names = getattr(model.config, "architectures", None) or ()
+    prefix = getattr(model, "base_model_prefix", "")
+    return "" if type(model).__name__ in names or not hasattr(model, prefix) else f"{prefix}."
 
 
 def _header(part: Any) -> Tensor:
@@ -532,10 +533,8 @@ def _header(part: Any) -> Tensor:
 
 def _check_kinds(model: nn.Module, empty: dict[str, Tensor]) -> None:
     """transformers takes tensors of any shape and dtype into a model that has a quantizer, and fills what is missing
-    with random numbers. A head that the saved model had not may be missing."""
-    names = getattr(model.config, "architectures", None) or ()
-    base = "" if type(model).__name__ in names else f"{getattr(model, 'base_model_prefix', '')}."
-    base = base if hasattr(model, base.removesuffix(".")) else ""
+    with random numbers."""
+    base = _expected(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in empty:
             loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
