@@ -111,11 +111,11 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
     records = _rounded(model)
     rounded = [name for name in names if name in records]
     other = [name for name in names if not isinstance(model.get_submodule(name), (nn.Linear, Conv1D, PackedLinear))]
-    if targets is None:
-        names = [name for name in names if name not in packed and name not in rounded and name not in other]
-    elif other:
+    if other:
         kind = type(model.get_submodule(other[0])).__name__
-        raise ValueError(f"{other[0]} is a {kind}, on which peft puts no adapter; leave it out of lora_targets")
+        raise ValueError(f"{other[0]} is a {kind}, on which peft puts no adapter; name other linears in lora_targets")
+    if targets is None:
+        names = [name for name in names if name not in packed and name not in rounded]
     elif packed:
         raise ValueError(f"{packed[0]} is packed, and LoRA cannot be merged into it; {ADVICE}")
     elif rounded:
