@@ -245,8 +245,8 @@ def test_another_file_in_the_place_of_whose_it_is_is_refused(finished, tiny_mode
 def test_names_and_habits_do_not_make_another_model(finished, tiny_model, monkeypatch):
     monkeypatch.setattr("pycompress.methods.swsc.compress", lambda *_: pytest.fail("compressed again"))
     model = tiny_model("LlamaForCausalLM").train()
-    model.config.update({"use_cache": False, "name_or_path": "elsewhere", "pad_token_id": 5, "output_hidden_states": True})
-    model.config.transformers_version = "0.1"
+    model.config.update({"use_cache": False, "name_or_path": "elsewhere", "pad_token_id": 5})
+    model.config.update({"output_hidden_states": True, "transformers_version": "0.1"})
     again(model, finished)
 
 
