@@ -116,7 +116,8 @@ def recover(
     method: str = "lora",
     lr: float | None = None,
     tokenizer: Any = None,
-    window: int = 512,
+    window: int | None = None,
+    bos: bool | None = None,
     batch_size: int = 4,
     gradient_accumulation: int = 1,
     warmup: float = 0.05,
@@ -140,9 +141,11 @@ def recover(
 ) -> Recovery:
     """Train a compressed causal LM in place for `tokens` tokens, on transformers' Trainer, also under torchrun.
 
-    `dataset`: a text or a list of texts (with a `tokenizer`; cut into windows of `window` ids, the model's BOS before
-    each), token windows `[N, T]` int64, or a map-style dataset whose items have `input_ids` `[T]` and may have `labels`
-    `[T]`, -100 for what is not predicted. Rows are drawn by `seed`, and again when all were seen, which is warned of.
+    `dataset`: texts or conversations (with a `tokenizer`; cut into windows of `window` ids, by default 512 or what fits
+    the model, each after what the tokenizer puts before a text; `bos`: True for a BOS in any case, False for none),
+    token windows `[N, T]` int64, batches, or a map-style dataset whose items have `input_ids` `[T]` and may have
+    `labels` `[T]`, -100 for what is not predicted. What an `attention_mask` masks is left out. Rows are drawn by
+    `seed`, and again when all were seen, which is warned of.
     A step takes `batch_size` rows, times `gradient_accumulation` and the number of processes; steps are whole.
 
     `method`: "lora" trains adapters of `lora_rank` on the linears that `lora_targets` names (roles or patterns, None:
@@ -197,7 +200,7 @@ def recover(
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = job.arguments(folder, "no" if output is None else "steps")
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        rows = draw(model, source(model, dataset, tokenizer, window), tokens, per_step, seed)
+        rows = draw(model, source(model, dataset, tokenizer, window, bos), tokens, per_step, seed)
         args.max_steps = len(rows) // per_step
         args.warmup_steps = math.ceil(warmup * args.max_steps)
         args.save_steps = max(1, args.max_steps // 10) if save_steps is None else _check_count("save_steps", save_steps)

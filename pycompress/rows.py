@@ -24,7 +24,9 @@ class Row(NamedTuple):
     labels: Tensor
 
 
-def source(model: PreTrainedModel, dataset: Any, tokenizer: Any, window: int, bos: bool | None = None) -> Sequence[Any]:
+def source(
+    model: PreTrainedModel, dataset: Any, tokenizer: Any, window: int | None, bos: bool | None = None
+) -> Sequence[Any]:
     """`dataset` as something with a length and items: windows of texts `[1, T]`, rows with `input_ids`, or itself.
 
     Data is read as `batches.read` reads it, but a dataset that gives rows with `input_ids` by their index stays as it
