@@ -181,7 +181,7 @@ def perplexity(
         passage = read_text(text)
         network, tokenizer = _load(model, device, dtype)
         value = measure(network, tokenizer, passage, window, stride, max_windows)
-        typer.echo(_json({"perplexity": value}) if json else f"perplexity {value:.4f}")
+        typer.echo(_json({"perplexity": value}, indent=None) if json else f"perplexity {value:.4f}")
 
 
 @app.command()
@@ -429,8 +429,8 @@ def _carry(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _json(value: Any) -> str:
-    return dumps(finite(value), indent=1, allow_nan=False)
+def _json(value: Any, indent: int | None = 1) -> str:
+    return dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def _version(package: str) -> str | None:

@@ -227,7 +227,9 @@ def test_more_modules_than_a_model_can_have_are_refused_at_once():
 
 
 def test_files_that_hold_less_than_config_json_describes_are_refused(changed):
-    folder = changed("float", lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers" in name])
+    folder = changed(
+        "float", lambda tensors: [tensors.pop(name) for name in list(tensors) if name != "model.norm.weight"]
+    )
     with pytest.raises(ValueError, match=r"lack \d+ of the numbers that config.json describes, and hold \d+"):
         AutoModelForCausalLM.from_pretrained(folder)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pycompress.brief import brief
 from pycompress.checkpoint import hash_of
 from pycompress.files import folder_of
 from pycompress.measure.model import evaluation
@@ -78,10 +79,10 @@ def evaluate(
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"names must be one or more different tasks, got {list(names)}")
+        raise ValueError(f"names must be one or more different tasks, got {brief(list(names))}")
     for setting, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{setting} must be at least 1, got {value}")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{setting} must be an integer of at least 1, got {brief(value)}")
     with _quiet():
         harness, evaluator, version = _harness()
         loaded = _load(harness, names, data_dir)
@@ -161,7 +162,7 @@ def _load(harness: Any, names: tuple[str, ...], data_dir: str | Path | None) -> 
         manager = manager or import_module("lm_eval.tasks").TaskManager()
         if name not in manager.all_tasks:
             raise ValueError(
-                f"no task is called {name!r}; allowed are {', '.join(LOCAL)} from local files, and what "
+                f"no task is called {brief(name)}; allowed are {', '.join(LOCAL)} from local files, and what "
                 "`lm-eval ls tasks` lists"
             )
         try:
