@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pycompress.methods.registry import Curve
+from pycompress.methods.registry import Curve, lower_hull
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,8 @@ class Hull:
 def hull(curve: Curve, weight: float) -> Hull:
     """The choices of a curve that are best for some price of a byte, their errors times `weight`."""
     nbytes, error = curve.nbytes.numpy(), weight * curve.error.numpy()
-    chosen: list[int] = []
-    for index in np.lexsort((error, nbytes)):
-        if chosen and error[index] >= error[chosen[-1]]:
-            continue
-        while len(chosen) > 1 and _saving(nbytes, error, chosen[-2], chosen[-1]) <= _saving(
-            nbytes, error, chosen[-1], index
-        ):
-            chosen.pop()
-        chosen.append(int(index))
+    chosen = lower_hull(nbytes, error)
     return Hull(nbytes[chosen], error[chosen])
-
-
-def _saving(nbytes: np.ndarray, error: np.ndarray, first: int, second: int) -> float:
-    return float((error[first] - error[second]) / max(nbytes[second] - nbytes[first], 1))
 
 
 def spread(curves: dict[str, Curve], weights: dict[str, float], budget: int) -> dict[str, int]:

@@ -30,7 +30,8 @@ class SharedChannels:
 
     Pivoted (`channels` given): r of the channels, the pivots, are a basis for the correction of the others, so their
     part of the factor is the identity and is not stored. `channels` is a permutation with the pivots first; `factor`
-    is `U [N - r, r]` or `V [r, K - r]` for the channels after them. The same product in r² fewer numbers.
+    is `U [N - r, r]` or `V [r, K - r]` for the channels after them. The same product in r² fewer numbers. With all of
+    the channels as pivots, the `weight` is the whole matrix, its channels in that order, and the `factor` is empty.
 
     In `int8` or `int4`, `weight` and `factor` are codes as in `pycompress.storage`, with their scales.
 
@@ -49,6 +50,8 @@ class SharedChannels:
     name: ClassVar[str] = "shared_channels"
 
     def __str__(self) -> str:
+        if self.whole:
+            return f"whole {self.storage}"
         parts = [self.share] if self.clusters else ["low rank"]
         parts += [f"k={self.clusters}"] if self.clusters else []
         parts += [f"r={self.rank}"] + (["pivoted"] if self.channels is not None else [])
@@ -65,6 +68,11 @@ class SharedChannels:
     @property
     def clusters(self) -> int:
         return (len(self.weight) if self.share == "output" else storage.width_of(self.weight)) - self.rank
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weight is stored as it is: every channel is a pivot, and nothing is left to a factor."""
+        return self.clusters == 0 and self.channels is not None and self.rank == len(self.channels)
 
     @property
     def nbytes(self) -> int:
@@ -268,8 +276,8 @@ def pack_shared(
         share,
         weight.to(dtype).contiguous(),
         factor.to(dtype).contiguous(),
-        None if labels is None else _indices(labels, count),
-        None if channels is None else _indices(channels, count),
+        None if labels is None else indices(labels, count),
+        None if channels is None else indices(channels, count),
         shape,
     )
 
@@ -281,7 +289,8 @@ def _pivoted(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     rank = factor.shape[1]
     wide = factor.double()
-    lower, swaps = torch.linalg.lu_factor(wide)
+    # Of a factor that has less than its rank a pivot is zero, and what stands below it is too.
+    lower, swaps, _ = torch.linalg.lu_factor_ex(wide)
     order = list(range(len(wide)))
     for row, other in enumerate(swaps.tolist()):
         order[row], order[other - 1] = order[other - 1], order[row]
@@ -290,5 +299,6 @@ def _pivoted(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return channels, rest.to(factor.dtype), (wide[channels[:rank]] @ basis.double()).to(basis.dtype)
 
 
-def _indices(index: Tensor, channels: int) -> Tensor:
+def indices(index: Tensor, channels: int) -> Tensor:
+    """Numbers of channels in the smallest type that holds them."""
     return index.to(torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32).contiguous()

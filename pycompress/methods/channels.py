@@ -9,6 +9,7 @@ SVD of what is left, in the same metric.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pycompress import storage
+from pycompress.methods.rounding import Spread, spread
 from pycompress.ops import kmeans, lowrank
 from pycompress.ops.gram import gram as gram_of
 
@@ -36,11 +38,13 @@ class Channels:
     """One matrix `weight [N, K]` in the metric `H [K, K]` of its inputs and, given `sensitivity [N]`, of its outputs.
 
     Identities where they are None. To both a share of their mean is added, so that a dead or unseen channel leaves the
-    metric positive definite. Everything is relative to the metrics' means: a scale of H does not matter.
+    metric positive definite. Everything is relative to the metrics' means: a scale of H does not matter. Energies and
+    errors are those of the weight over `unit`, a power of two, so that squares stay in float32's range.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor | None = None, sensitivity: Tensor | None = None) -> None:
         self.weight = weight.float()
+        self.unit = 2.0 ** math.frexp(float(self.weight.abs().max()))[1]
         self.metric = None
         self.rows = None
         self.scale = 1.0
@@ -53,19 +57,20 @@ class Channels:
     def without(self, part: Tensor) -> Channels:
         """The same metrics on the weight less `part [N, K]`."""
         rest = copy.copy(self)
-        for cached in ("outputs", "columns", "energy"):
+        for cached in ("outputs", "columns", "energy", "spectrum"):
             rest.__dict__.pop(cached, None)
         rest.weight = self.weight - part
         return rest
 
     def scaled(self, matrix: Tensor) -> Tensor:
-        """Rows times the root of their sensitivity."""
+        """Rows times the root of their sensitivity, over the unit."""
+        matrix = matrix / self.unit
         return matrix if self.rows is None else matrix * self.rows.sqrt()[:, None]
 
     @cached_property
     def outputs(self) -> Tensor:
         """`W H Wᵀ [N, N]`, the Gram matrix of the rows in the metric of the inputs."""
-        return gram_of(self.weight, self.metric)
+        return gram_of(self.weight / self.unit, self.metric)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -81,6 +86,17 @@ class Channels:
     def energy(self) -> float:
         outputs = self.outputs.diagonal().double()
         return float((outputs if self.rows is None else outputs * self.rows).sum())
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """How columns are rounded in the metric of the inputs."""
+        return None if self.metric is None else spread(self.metric)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """The weight's `tail`, and its `directions` for every rank."""
+        values, vectors = torch.linalg.eigh(self.small_gram(self.weight))
+        return self._tail(values), self._directions(self.weight, vectors.flip(1))
 
     def cluster(self, share: str, clusters: int, seed: int, iterations: int = 15) -> Sharing:
         """K-means over rows, weighted by their sensitivity, or over columns, weighted by their input's energy."""
@@ -126,30 +142,46 @@ class Channels:
 
     def tail(self, sharing: Sharing) -> Tensor:
         """Relative output error (squared) after a correction of rank 0, 1, …: `[min(N, K) + 1]`, float64."""
-        values = torch.linalg.eigvalsh(self.small_gram(self.residual(sharing))).clamp(min=0)
-        return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0) / self.energy
+        return self._tail(torch.linalg.eigvalsh(self.small_gram(self.residual(sharing))))
 
-    def correction(self, residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """`u [N, r]` and `v [r, K]`: the optimal rank-r approximation of the residual in the metric."""
-        n, k = residual.shape
-        rank = min(rank, n, k)
-        vectors, _ = lowrank(self.small_gram(residual), rank)
-        scaled = self.scaled(residual)
-        if n > k:
-            image = scaled.double() @ (vectors if self.factor is None else self.factor @ vectors)
-            vectors = torch.linalg.qr(image).Q
-        u = vectors.float()
-        return (u if self.rows is None else u / self.rows.sqrt()[:, None]), u.T @ scaled
+    def _tail(self, values: Tensor) -> Tensor:
+        values = values.clamp(min=0)
+        return self._relative(torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0))
+
+    def _relative(self, lost: Tensor) -> Tensor:
+        """Lost energy over that of the weight; a weight of zeros has nothing to lose."""
+        return lost / self.energy if self.energy > 0 else torch.zeros_like(lost)
+
+    def directions(self, residual: Tensor, rank: int) -> Tensor:
+        """`[N, r]`, orthonormal: the directions of the residual's scaled outputs that hold most of their energy."""
+        vectors, _ = lowrank(self.small_gram(residual), min(rank, *residual.shape))
+        return self._directions(residual, vectors)
+
+    def _directions(self, residual: Tensor, vectors: Tensor) -> Tensor:
+        """Those that belong to eigenvectors of `small_gram`."""
+        if residual.shape[0] > residual.shape[1]:
+            image = vectors if self.factor is None else self.factor @ vectors
+            vectors = torch.linalg.qr(self.scaled(residual).double() @ image).Q
+        return vectors.float()
+
+    def correction(self, residual: Tensor, rank: int, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`u [N, r]` and `v [r, K]`: the optimal rank-r approximation of the residual in the metric.
+
+        `directions`: those of the residual, of this rank or more, if they are known.
+        """
+        u = (self.directions(residual, rank) if directions is None else directions)[:, :rank]
+        v = u.T @ self.scaled(residual) * self.unit
+        return (u if self.rows is None else u / self.rows.sqrt()[:, None]), v
 
     def error(self, approximation: Tensor) -> float:
         """Relative output error (squared) of a dense approximation."""
         difference = self.scaled(self.weight - approximation.float())
         weighted = difference if self.metric is None else difference @ self.metric
-        return float((weighted.double() * difference.double()).sum()) / self.energy
+        return float(self._relative((weighted.double() * difference.double()).sum()))
 
 
 def stored_bytes(
-    sharing: Sharing, rank: Tensor, shape: tuple[int, int], itemsize: int, pivoted: bool, kind: str = "float"
+    sharing: Sharing, rank: Tensor, shape: tuple[int, int], itemsize: int, pivoted: bool | Tensor, kind: str = "float"
 ) -> Tensor:
     """Bytes of the stored format at each rank; see `formats.SharedChannels`."""
     n, k = shape

@@ -38,7 +38,6 @@ class LowRank(Config):
     def as_swsc(self) -> swsc.SWSC:
         return swsc.SWSC(
             self.keep,
-            share="output",
             weighting=self.weighting,
             clusters=0,
             rank=self.rank,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,22 @@ class Curve:
         if not bool(fits.any()):
             return -1
         return int(self.candidate[self.error.where(fits, torch.inf).argmin()])
+
+
+def lower_hull(nbytes: np.ndarray, error: np.ndarray) -> list[int]:
+    """The places of the choices that are best for some price of a byte: bytes rise, each step saves less a byte."""
+    chosen: list[int] = []
+
+    def saving(first: int, second: int) -> float:
+        return float((error[first] - error[second]) / max(nbytes[second] - nbytes[first], 1))
+
+    for index in np.lexsort((error, nbytes)):
+        if chosen and error[index] >= error[chosen[-1]]:
+            continue
+        while len(chosen) > 1 and saving(chosen[-2], chosen[-1]) <= saving(chosen[-1], index):
+            chosen.pop()
+        chosen.append(int(index))
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from pycompress import storage
-from pycompress.formats import SharedChannels, pack_shared
-from pycompress.methods.channels import Channels, Sharing, stored_bytes
+from pycompress.formats import SharedChannels
+from pycompress.methods.channels import Channels
+from pycompress.methods.forms import SHARES, Choice, Form, build, candidates, costs_of, ranks_of
+from pycompress.methods.pricing import Coded, Points
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
-from pycompress.methods.rounding import round_shared, round_to
 from pycompress.recipe import Config
 
 ALLOCATIONS = ("loss", "error", "uniform")
-SHARES = ("output", "input")
 STORAGES = ("bf16", "int8", "int4")
 WEIGHTINGS = ("loss", "inputs", "none")
-# Numbers of clusters to try, as shares of the channels; 0 is plain low rank.
-CLUSTER_SHARES = (0, 1 / 32, 1 / 8, 1 / 4)
 REFINEMENTS = 3
 
 
@@ -34,8 +32,9 @@ class SWSC(Config):
     for each matrix by its error at equal bytes. `allocation`: "loss" spreads one budget over the targets by what a
     byte saves of the loss, "error" by what it saves of the relative output error (as "loss" does where there is no
     calibration), "uniform" gives each target its own share. `pivot`: store the factor in r² fewer numbers. `storage`:
-    "bf16" (of a bfloat16 model), "int8" with a scale a row or "int4" with a scale for each 64 numbers of a row; None
-    for floats of the weights' own dtype. `seed`: of K-means. Raises ValueError on other values.
+    "bf16" (of a bfloat16 model), "int8" with a scale a row, "int4" with a scale for each 64 numbers of a row, or int8
+    where a matrix is better served by it; None for floats of the weights' own dtype. `seed`: of K-means. Raises
+    ValueError on other values.
 
     Reference: arXiv:2501.08631, section 3; `SWSC(weighting="none", share="output", clusters=k, rank=r, pivot=False)`
     is the published method.
@@ -74,6 +73,11 @@ class SWSC(Config):
         return "float" if self.storage in (None, "bf16") else str(self.storage)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """How the numbers of a matrix may be stored."""
+        return ("int4", "int8") if self.kind == "int4" and not self.fixed else (self.kind,)
+
+    @property
     def needs_calibration(self) -> bool:
         return self.weighting != "none"
 
@@ -81,28 +85,6 @@ class SWSC(Config):
     def fixed(self) -> bool:
         """Whether every matrix gets the clusters and rank that were given, whatever `keep` says."""
         return self.clusters is not None and self.rank is not None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One point on a matrix's curve."""
-
-    sharing: Sharing
-    rank: int
-    error: float
-
-
-def candidates(shape: tuple[int, int], config: SWSC) -> list[tuple[str, int]]:
-    """The (share, clusters) pairs worth trying on a matrix."""
-    pairs: list[tuple[str, int]] = []
-    for share in SHARES if config.share == "auto" else (config.share,):
-        channels = shape[0 if share == "output" else 1]
-        # Inputs' centroids lie along the rows, which int4 stores in blocks.
-        step = storage.BLOCK if config.kind == "int4" and share == "input" else 1
-        counts = {int(part * channels) // step * step for part in CLUSTER_SHARES}
-        counts = counts if config.clusters is None else {config.clusters}
-        pairs += [(share, count) for count in sorted(counts) if count <= channels]
-    return [pair for pair in pairs if pair[1] or pair[0] == pairs[0][0]]
 
 
 def check(shape: tuple[int, int], dtype: torch.dtype, config: SWSC) -> None:
@@ -120,20 +102,6 @@ def check(shape: tuple[int, int], dtype: torch.dtype, config: SWSC) -> None:
         raise ValueError(f'storage="int4" needs inputs in multiples of {storage.BLOCK}, got {shape[1]}; use "int8"')
 
 
-def _ranks(sharing: Sharing, shape: tuple[int, int], config: SWSC) -> Tensor:
-    """The ranks that the storage can hold; a matrix without clusters needs one."""
-    if config.kind == "int4":
-        return torch.arange(0 if sharing.clusters else storage.BLOCK, min(shape) + 1, storage.BLOCK)
-    ranks = torch.arange(0 if sharing.clusters else 1, min(shape) + 1)
-    # A packed weight of the dense shape would load into the dense module where pycompress is not imported.
-    return ranks[sharing.clusters + ranks != shape[0 if sharing.share == "output" else 1]]
-
-
-def _costs(sharing: Sharing, ranks: Tensor, weight: Tensor, config: SWSC) -> Tensor:
-    shape = (weight.shape[0], weight.shape[1])
-    return stored_bytes(sharing, ranks, shape, weight.element_size(), config.pivot, config.kind)
-
-
 def problem(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Channels:
     """The matrix in the metric that `config.weighting` asks for."""
     if statistics is None or config.weighting == "none":
@@ -141,53 +109,53 @@ def problem(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Chan
     return Channels(weight, statistics.gram, statistics.sensitivity if config.weighting == "loss" else None)
 
 
-def _noise(channels: Channels, config: SWSC, dtype: torch.dtype) -> float:
-    """The error that codes add, taken to be what rounding the whole weight would cost."""
-    if config.kind == "float":
-        return 0.0
-    return channels.error(storage.widen(*round_to(channels.weight, config.kind, None, dtype)))
-
-
 def curve(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Curve:
-    """Every (clusters, rank) of every candidate sharing: bytes and error, the dense matrix last."""
+    """Bytes and error of every (clusters, rank) of every candidate form, the dense matrix last.
+
+    The error of codes is that of what would be stored: at some ranks the form is built and measured, and what rounding
+    adds there is interpolated between them. Points that no price of a byte could choose are left out.
+    """
     channels = problem(weight, statistics, config)
-    shape = (weight.shape[0], weight.shape[1])
-    nbytes, errors, chosen = [], [], []
-    noise = _noise(channels, config, weight.dtype)
-    for index, (share, clusters) in enumerate(candidates(shape, config)):
-        sharing = channels.cluster(share, clusters, config.seed)
-        ranks = _ranks(sharing, shape, config)
-        nbytes.append(_costs(sharing, ranks, weight, config))
-        errors.append(channels.tail(sharing).cpu()[ranks] + noise)
-        chosen.append(torch.full_like(ranks, index))
-    nbytes.append(torch.tensor([weight.numel() * weight.element_size()]))
-    errors.append(torch.zeros(1, dtype=torch.float64))
-    chosen.append(torch.tensor([-1]))
+    forms = candidates((weight.shape[0], weight.shape[1]), config)
+    points = Points(weight.numel() * weight.element_size())
+    if config.kind == "float":
+        for index, form in enumerate(forms):
+            ranks = ranks_of(form, (weight.shape[0], weight.shape[1]), config)
+            tail = channels.tail(channels.cluster(form.share, form.clusters, config.seed)).cpu()
+            points.add(costs_of(form, ranks, weight, config), tail[ranks], index)
+    else:
+        coded = Coded(channels, weight, config)
+        for index in coded.best_first(forms):
+            coded.ends(points, forms[index], index)
+        for index in coded.best_first(forms):
+            coded.follow(points, forms[index], index)
     felt = 1.0 if statistics is None or statistics.sensitivity is None else float(statistics.sensitivity.mean())
-    energy = channels.energy * channels.scale * felt
-    return Curve(torch.cat(nbytes), torch.cat(errors), energy, torch.cat(chosen))
+    return points.curve(channels.energy * channels.unit**2 * channels.scale * felt)
 
 
-def choose(
-    channels: Channels, weight: Tensor, config: SWSC, budget: int, pairs: list[tuple[str, int]]
-) -> Choice | None:
-    """The best of these sharings, and its rank, within a budget in bytes; None where the dense matrix fits."""
+def choose(channels: Channels, weight: Tensor, config: SWSC, budget: int, forms: list[Form]) -> Choice | None:
+    """The best of these forms, and its rank, within a budget in bytes; None where the dense matrix fits."""
     if config.fixed:
-        return Choice(channels.cluster(*pairs[0], config.seed), config.rank or 0, float("nan"))
+        share, clusters, kind = forms[0]
+        return Choice(channels.cluster(share, clusters, config.seed), config.rank or 0, float("nan"), kind)
     if budget >= weight.numel() * weight.element_size():
         return None
+    coded, floats = Coded(channels, weight, config), config.kind == "float"
     best: Choice | None = None
-    for share, clusters in pairs:
-        ranks = _ranks(sharing := Sharing(share, clusters), (weight.shape[0], weight.shape[1]), config)
-        fitting = ranks[_costs(sharing, ranks, weight, config) <= budget]
+    least = float("inf")
+    for form in forms if floats else (forms[place] for place in coded.best_first(forms)):
+        ranks, nbytes = coded.points(form)
+        fitting = ranks[nbytes <= budget]
         if config.rank is not None:
             fitting = fitting[fitting <= config.rank]
         if not len(fitting):
             continue
-        rank, sharing = int(fitting[-1]), channels.cluster(share, clusters, config.seed)
-        error = float(channels.tail(sharing)[rank])
-        if best is None or error < best.error:
-            best = Choice(sharing, rank, error)
+        rank, sharing = int(fitting[-1]), coded.sharing(form)
+        if len(forms) == 1 and not form.clusters:
+            return Choice(sharing, rank, float("nan"), form.kind)
+        tail = float(channels.tail(sharing)[rank] if floats else coded.tail(sharing, fitting[-1]))
+        if tail < least and (error := tail if floats else coded.error(sharing, rank, form.kind)) < least:
+            best, least = Choice(sharing, rank, tail, form.kind), error
     if best is None:
         raise ValueError(f"{budget} bytes hold no packed form of a matrix {list(weight.shape)}; raise keep")
     return best
@@ -207,20 +175,9 @@ def refine(channels: Channels, choice: Choice, seed: int) -> Choice:
         error = float(channels.tail(sharing)[choice.rank])
         if not error < choice.error:
             break
-        choice = Choice(sharing, choice.rank, error)
+        choice = Choice(sharing, choice.rank, error, choice.kind)
         residual = channels.residual(sharing)
     return choice
-
-
-def build(channels: Channels, choice: Choice, dtype: torch.dtype, config: SWSC) -> SharedChannels:
-    """Pack one choice, the correction fitted to what the centroids leave."""
-    centroids = channels.centroids(choice.sharing)
-    residual = channels.weight - channels.restore(choice.sharing, centroids)
-    parts = (choice.sharing.share, centroids, *channels.correction(residual, choice.rank), choice.sharing.labels)
-    if config.kind == "float":
-        return pack_shared(*parts, dtype, config.pivot)
-    packed = pack_shared(*parts, torch.float32, config.pivot)
-    return round_shared(packed, channels.weight, channels.metric, config.kind, dtype)
 
 
 def compress(
@@ -228,16 +185,16 @@ def compress(
 ) -> SharedChannels | None:
     """Pack a weight into its budget (`config.keep` of its bytes for None); None leaves it dense.
 
-    With its `measured` curve, only the sharing that was best there for this budget is tried.
+    With its `measured` curve, only the form that was best there for this budget is tried.
     """
     channels = problem(weight, statistics, config)
     if budget is None:
         budget = int(config.keep * weight.numel() * weight.element_size())
-    pairs = candidates((weight.shape[0], weight.shape[1]), config)
+    forms = candidates((weight.shape[0], weight.shape[1]), config)
     if measured is not None:
         best = measured.best(budget)
-        pairs = pairs if best < 0 else [pairs[best]]
-    choice = choose(channels, weight, config, budget, pairs)
+        forms = forms if best < 0 else [forms[best]]
+    choice = choose(channels, weight, config, budget, forms)
     if choice is None:
         return None
     if not config.fixed:
