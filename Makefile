@@ -9,12 +9,13 @@ NVCC := $(shell command -v nvcc 2>/dev/null)
 # A GPU machine may bring its own torch: without a .venv, the GPU commands use the Python that is there.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test quality cuda bench performance gpu gpu-status docs clean
+.PHONY: help setup demo test fuzz quality cuda bench performance gpu gpu-status docs clean
 
 help:
 	@echo "make setup       create .venv and install pycompress with everything it is tested with"
 	@echo "make demo        compress a real model, reload it in a new process, print one table"
 	@echo "make test        run the tests"
+	@echo "make fuzz        random calls of the ops, PYCOMPRESS_FUZZ=4000 of each"
 	@echo "make quality     formatters, linters, types; compile the CUDA sources where nvcc is"
 	@echo "make bench       time each op against its peers, write bench/results/<cpu>.json"
 	@echo "make performance render docs/performance.md and its plots from bench/results"
@@ -34,6 +35,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --numprocesses=auto --dist=loadfile
+
+fuzz: $(INSTALLED)
+	PYCOMPRESS_FUZZ=$${PYCOMPRESS_FUZZ:-4000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz_*.py -q -s
 
 quality: $(INSTALLED) cuda docs
 	$(BIN)/ruff check .

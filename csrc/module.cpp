@@ -1,8 +1,12 @@
-// The Python module: addresses and sizes in, nothing out. pycompress/ops checks dtypes, devices and layouts.
+// The Python module: addresses and sizes in, nothing out. pycompress/ops checks dtypes, devices and layouts; values of
+// index tensors are checked here, where that costs next to nothing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "cpu/dispatch.h"
 #ifdef PYCOMPRESS_CUDA
@@ -20,6 +24,45 @@ T *at(std::uintptr_t address) {
   return reinterpret_cast<T *>(address);
 }
 
+// Raises IndexError unless all indices are in [0, limit). The loop has no branch, so that it is vectorised.
+template <class I>
+void check_indices(const char *name, const I *indices, int64_t count, int64_t limit) {
+  if (!indices || !count) return;
+  using U = std::make_unsigned_t<I>;
+  const U last = static_cast<U>(std::min<int64_t>(limit - 1, std::numeric_limits<I>::max()));
+  U outside = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const U index = static_cast<U>(indices[i]);
+    outside = static_cast<U>(outside | index | static_cast<U>(last - index));
+  }
+  if (static_cast<I>(outside) >= 0) return;
+  const auto [low, high] = std::minmax_element(indices, indices + count);
+  throw std::out_of_range(std::string(name) + " must be at least 0 and below " + std::to_string(limit) + ", got " +
+                          std::to_string(*low < 0 ? *low : *high));
+}
+
+template <class I>
+void check_permutation(const char *name, const I *indices, int64_t count) {
+  if (!indices || !count) return;
+  check_indices(name, indices, count, count);
+  auto *seen = reinterpret_cast<uint8_t *>(scratch_ints((count + 7) / 8));
+  std::memset(seen, 0, count);
+  for (int64_t i = 0; i < count; ++i) seen[indices[i]] = 1;
+  uint8_t all = 1;
+  for (int64_t i = 0; i < count; ++i) all &= seen[i];
+  if (all) return;
+  throw std::invalid_argument(std::string(name) + " must be each of 0 to " + std::to_string(count - 1) + " once");
+}
+
+template <class I>
+void check_layer(const SharedLinearArgs &s) {
+  const int64_t count = s.share_input ? s.inputs : s.outputs;
+  check_indices("labels", static_cast<const I *>(s.labels), count, s.k);
+  check_permutation("channels", static_cast<const I *>(s.channels), count);
+}
+
+void check_layer(const SharedLinearArgs &s) { s.wide_indices ? check_layer<int32_t>(s) : check_layer<int16_t>(s); }
+
 void gram(std::uintptr_t left, std::uintptr_t right, std::uintptr_t out, int64_t batch, int64_t n, int64_t d,
           int threads) {
   kernels().gram({at<float>(left), at<float>(right), at<float>(out), batch, n, d, threads});
@@ -34,12 +77,14 @@ void kmeans_plus_plus(std::uintptr_t gram, std::uintptr_t uniforms, std::uintptr
 void lloyd(std::uintptr_t data, std::uintptr_t seeds, std::uintptr_t weights, std::uintptr_t labels,
            std::uintptr_t inertia, int64_t batch, int64_t data_stride, int64_t n, int64_t d, int64_t k,
            int64_t iterations, bool points, int threads) {
+  check_indices("seeds", at<int64_t>(seeds), batch * k, n);
   kernels().lloyd({at<float>(data), at<int64_t>(seeds), at<float>(weights), at<int64_t>(labels), at<float>(inertia),
                    batch, data_stride, n, d, k, iterations, points, threads});
 }
 
 void centre(std::uintptr_t y, std::uintptr_t labels, int64_t batch, int64_t n, int64_t columns, int64_t k,
             int threads) {
+  check_indices("labels", at<int64_t>(labels), batch * n, k);
   kernels().centre({at<float>(y), at<int64_t>(labels), batch, n, columns, k, threads});
 }
 
@@ -49,11 +94,13 @@ void shared_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t facto
                    int64_t k, int64_t r, int64_t x_stride, int dtype, int storage, bool wide_indices, bool share_input,
                    int threads) {
   // clang-format off: a line an argument would be longer than the function
-  kernels().shared_linear({at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels), at<void>(channels),
-                           at<void>(bias), at<void>(weight_scales), at<void>(factor_scales), at<void>(y), tokens,
-                           inputs, outputs, k, r, x_stride, static_cast<Dtype>(dtype), static_cast<Storage>(storage),
-                           wide_indices, share_input, threads});
+  const SharedLinearArgs layer{at<void>(x), at<void>(weight), at<void>(factor), at<void>(labels), at<void>(channels),
+                               at<void>(bias), at<void>(weight_scales), at<void>(factor_scales), at<void>(y), tokens,
+                               inputs, outputs, k, r, x_stride, static_cast<Dtype>(dtype),
+                               static_cast<Storage>(storage), wide_indices, share_input, threads};
   // clang-format on
+  check_layer(layer);
+  kernels().shared_linear(layer);
 }
 
 void shared_linear_gather(std::uintptr_t x, std::uintptr_t labels, std::uintptr_t channels, std::uintptr_t bias,
@@ -65,15 +112,8 @@ void shared_linear_gather(std::uintptr_t x, std::uintptr_t labels, std::uintptr_
   layer.bias = at<void>(bias), layer.y = at<void>(y), layer.tokens = tokens, layer.inputs = inputs;
   layer.outputs = outputs, layer.k = k, layer.r = r, layer.x_stride = x_stride, layer.wide_indices = wide_indices;
   layer.share_input = share_input, layer.threads = threads;
+  check_layer(layer);
   kernels().shared_linear_gather(layer, at<float>(reduced), at<float>(product));
-}
-
-void check_indices(const char *name, const int64_t *indices, int64_t count, int64_t limit) {
-  if (!indices || !count) return;
-  const auto [low, high] = std::minmax_element(indices, indices + count);
-  if (*low >= 0 && *high < limit) return;
-  throw std::out_of_range(std::string(name) + " must be at least 0 and below " + std::to_string(limit) + ", got " +
-                          std::to_string(*low < 0 ? *low : *high));
 }
 
 void subnet_linear(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t rows,

@@ -17,7 +17,7 @@ from pycompress.groups import ARCHITECTURES, Branch
 from pycompress.intact import FLOATS, check_tensors
 from pycompress.ops.bitmap_linear import bitmap_linear
 from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel
-from pycompress.ops.shared_linear import kernel_in_use, shared_linear_of_layer
+from pycompress.ops.shared_linear import kernel_in_use, shared_linear
 from pycompress.ops.sparse24_linear import kernel_in_use as sparse24_kernel
 from pycompress.ops.sparse24_linear import sparse24_linear
 from pycompress.ops.subnet_linear import subnet_linear
@@ -98,14 +98,18 @@ class SharedLinear(PackedLinear):
         channels = self.out_features if rows_shared else self.in_features
         length = channels - rank if pivoted else channels
         stacked = (clusters + rank, self.in_features) if rows_shared else (self.out_features, clusters + rank)
+        buffers: dict[str, Tensor | None] = {}
         for name, shape in (("weight", stacked), ("factor", (length, rank) if rows_shared else (rank, length))):
             self.register_parameter(name, _numbers(*shape, storage, dtype, device))
             scales = None if storage == "float" else torch.empty(scales_shape(*shape, storage), **to)
-            self.register_buffer(f"{name}_scales", scales)
+            buffers[f"{name}_scales"] = scales
         self.bias = nn.Parameter(torch.empty(self.out_features, **to)) if bias else None
         index = torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
         for name, present in (("labels", bool(clusters)), ("channels", pivoted)):
-            self.register_buffer(name, torch.empty(channels, dtype=index, device=device) if present else None)
+            buffers[name] = torch.empty(channels, dtype=index, device=device) if present else None
+        # torch.export counts buffers that are None before others.
+        for name, buffer in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer)
 
     def spec(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("share", "clusters", "rank", "pivoted", "storage")}
@@ -113,7 +117,7 @@ class SharedLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers = self._buffers  # read directly: nn.Module's attributes cost a microsecond each
-        return shared_linear_of_layer(
+        return shared_linear(
             x,
             self.weight,
             self.factor,
@@ -122,8 +126,7 @@ class SharedLinear(PackedLinear):
             self.bias,
             buffers["weight_scales"],
             buffers["factor_scales"],
-            self.share,
-            self.in_features,
+            share=self.share,
         )
 
     def extra_repr(self) -> str:

@@ -87,3 +87,28 @@ def test_opcheck() -> None:
     x, h = _points((2, 9, 5)), torch.eye(5)
     torch.library.opcheck(torch.ops.pycompress.gram.default, (x, None))
     torch.library.opcheck(torch.ops.pycompress.gram.default, (x, h))
+
+
+def test_a_metric_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"h, a tensor of shape \(5, 5\) is on the meta device and holds no values"):
+        gram(torch.ones(3, 5), torch.ones(5, 5, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("x", "h", "error"),
+    [
+        (torch.ones(5), None, ValueError),
+        (torch.ones(3, 5), torch.ones(2, 5, 5), ValueError),
+        (torch.ones(3, 5), torch.ones(5, 4), ValueError),
+        (torch.ones(2, 3, 5), torch.ones(3, 5, 5), ValueError),
+        (torch.ones(3, 5), torch.ones(5, 5, dtype=torch.int64), TypeError),
+        (torch.ones(3, 5, dtype=torch.int32), None, TypeError),
+        (torch.ones(3, 5).to_sparse(), None, TypeError),
+    ],
+)
+def test_the_registered_op_checks_as_its_function_does(
+    x: torch.Tensor, h: torch.Tensor | None, error: type[Exception]
+) -> None:
+    for call in (gram, torch.ops.pycompress.gram):
+        with pytest.raises(error):
+            call(x, h)

@@ -51,8 +51,8 @@ def relative_error(got, exact):
 
 # N, K, k, r: round, odd, no clusters, no rank, nothing at all.
 LAYERS = [(128, 256, 16, 16), (63, 201, 9, 5), (100, 63, 0, 16), (63, 1000, 40, 0), (32, 48, 0, 0)]
-# Pivoted: round, odd, no clusters, nothing but pivots.
-PIVOTED = [(128, 256, 16, 16), (63, 201, 9, 5), (101, 63, 0, 19), (21, 21, 4, 21)]
+# Pivoted: round, odd, no clusters, nothing but pivots, a whole matrix and a permutation.
+PIVOTED = [(128, 256, 16, 16), (63, 201, 9, 5), (101, 63, 0, 19), (21, 21, 4, 21), (33, 33, 0, 33)]
 
 
 def packed(shape, share, dtype, bias, pivoted=False, index=torch.int16):
@@ -125,7 +125,10 @@ def test_shared_linear_errs_at_most_twice_as_much_as_torch(tokens, share, pivote
 
 # int4 packs along a side of a multiple of 32 numbers: round, no clusters, a last half group, an odd other side.
 CODED = [(64, 192, 32, 64), (63, 160, 0, 96)]
-CODED_PIVOTED = {"output": [(96, 128, 32, 64), (77, 160, 9, 32)], "input": [(63, 192, 64, 32), (40, 257, 63, 33)]}
+CODED_PIVOTED = {
+    "output": [(96, 128, 32, 64), (77, 160, 9, 32), (64, 160, 0, 64)],
+    "input": [(63, 192, 64, 32), (40, 257, 63, 33), (77, 96, 0, 96)],
+}
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

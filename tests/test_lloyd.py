@@ -216,3 +216,67 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.pycompress.kmeans_plus_plus.default, (matrix, torch.rand(1, 5, 2), weights))
     torch.library.opcheck(torch.ops.pycompress.lloyd.default, (matrix, seeds, 3, None))
     torch.library.opcheck(torch.ops.pycompress.lloyd_points.default, (x, seeds, 3, weights))
+
+
+REGISTERED = torch.ops.pycompress
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel's, the reference's
+@pytest.mark.parametrize("seed", [10**12, 5, -1, -(10**9)])
+def test_seeds_that_are_no_points_are_refused(seed: int, dtype: torch.dtype) -> None:
+    points = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seeds = torch.tensor([[0, seed]])
+    for call, data in (
+        (lloyd, points @ points.mT),
+        (lloyd_points, points),
+        (REGISTERED.lloyd, points @ points.mT),
+        (REGISTERED.lloyd_points, points),
+    ):
+        with pytest.raises(IndexError, match=f"seeds must be at least 0 and below 5, got {seed}"):
+            call(data, seeds, 3, None)
+
+
+@pytest.mark.parametrize("front", [kmeans_plus_plus, REGISTERED.kmeans_plus_plus])
+def test_a_seed_needs_a_trial(front) -> None:
+    with pytest.raises(ValueError, match=r"T at least 1, got \(1, 67, 0\)"):
+        front(torch.eye(70)[None], torch.empty(1, 67, 0), None)
+
+
+def test_sizes_that_do_not_fit_are_refused_by_the_registered_ops() -> None:
+    gram, seeds, draws = torch.eye(4)[None], torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2)
+    for error, call in (
+        (ValueError, lambda: REGISTERED.lloyd(gram[:, :3], seeds, 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, seeds[0], 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, torch.zeros(1, 5, dtype=torch.int64), 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, torch.zeros(2, 2, dtype=torch.int64), 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, seeds, -1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, seeds, 10**12, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, seeds, 1, torch.ones(1, 3))),
+        (TypeError, lambda: REGISTERED.lloyd(gram, seeds, 1, torch.ones(1, 4, dtype=torch.int64))),
+        (ValueError, lambda: REGISTERED.lloyd(gram.long(), seeds, 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd(gram, seeds.to("meta"), 1, None)),
+        (ValueError, lambda: REGISTERED.lloyd_points(gram[0], seeds, 1, None)),
+        (ValueError, lambda: REGISTERED.kmeans_plus_plus(gram, torch.rand(1, 5), None)),
+        (ValueError, lambda: REGISTERED.kmeans_plus_plus(gram, torch.rand(2, 2), None)),
+        (ValueError, lambda: REGISTERED.kmeans_plus_plus(gram, draws, torch.ones(4))),
+        (TypeError, lambda: REGISTERED.kmeans_plus_plus(gram, draws.long(), None)),
+        (ValueError, lambda: kmeans(torch.eye(4), clusters=10**12)),
+        (ValueError, lambda: kmeans(torch.eye(4), clusters=2, restarts=10**12)),
+        (TypeError, lambda: kmeans(torch.eye(4), clusters=2, seed="1")),
+        (TypeError, lambda: lloyd(gram, seeds, "1")),
+        (TypeError, lambda: lloyd(None, seeds, 1)),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_points_that_are_not_finite_end_with_labels_of_clusters(value: float) -> None:
+    points = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    points[0, 3, 2] = value
+    for data in ({"x": points}, {"gram": points @ points.mT}):
+        labels, _ = kmeans(**data, clusters=7, iterations=1000)
+        assert int(labels.min()) >= 0
+        assert int(labels.max()) < 7
+        alone, _ = kmeans(**{name: each[1:] for name, each in data.items()}, clusters=7, iterations=1000)
+        assert int(alone.max()) < 7

@@ -177,3 +177,65 @@ def test_opcheck() -> None:
     op = torch.ops.pycompress.lowrank.default
     torch.library.opcheck(op, (matrix, torch.randn(1, 60, 9), 4, (torch.arange(60) % 5)[None], 5, 3))
     torch.library.opcheck(op, (matrix, torch.randn(1, 60, 9), 4, None, 0, 3))
+
+
+def test_labels_without_a_cluster_are_refused() -> None:
+    far = torch.full((1, 200), 10**9)
+    for options in ({"oversample": 2, "iterations": 2}, {}):  # by a Krylov space, by a full decomposition
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(IndexError, match="labels must be at least 0 and below 15, got 1000000000"):
+                lowrank(torch.eye(200, dtype=dtype)[None], 2, far, 15, **options)
+
+
+def test_counts_are_bounded_before_anything_is_allocated() -> None:
+    matrix = torch.eye(20)
+    for error, call in (
+        (ValueError, lambda: lowrank(matrix, 10**12)),
+        (ValueError, lambda: lowrank(matrix, 2, torch.zeros(20, dtype=torch.int64), 10**12)),
+        (ValueError, lambda: lowrank(matrix, 2, iterations=-1)),
+        (ValueError, lambda: lowrank(matrix, 2, oversample=-1)),
+        (ValueError, lambda: truncated_svd(matrix, 10**12)),
+        (TypeError, lambda: lowrank(matrix, 2, torch.zeros(20), 3)),
+        (TypeError, lambda: lowrank(matrix, 2.0)),
+        (TypeError, lambda: truncated_svd(matrix, 2, "seed")),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+def test_sizes_that_do_not_fit_are_refused_by_the_registered_op() -> None:
+    op, matrix, omega = torch.ops.pycompress.lowrank, torch.eye(20)[None], torch.randn(1, 20, 4)
+    labels = torch.zeros(1, 20, dtype=torch.int64)
+    for error, args in (
+        (ValueError, (matrix[0], omega, 2, None, 0, 2)),
+        (ValueError, (matrix, omega[:, :19], 2, None, 0, 2)),
+        (ValueError, (matrix, omega[:, :, :0], 0, None, 0, 2)),
+        (ValueError, (matrix, torch.randn(1, 20, 21), 2, None, 0, 2)),
+        (ValueError, (matrix, omega, 9, None, 0, 2)),
+        (ValueError, (matrix, omega, -1, None, 0, 2)),
+        (ValueError, (matrix, omega, 2, None, 0, 0)),
+        (ValueError, (matrix, omega, 2, labels[:, 1:], 3, 2)),
+        (TypeError, (matrix, omega, 2, labels.int(), 3, 2)),
+        (ValueError, (matrix, omega, 2, labels, 10**12, 2)),
+        (ValueError, (matrix, omega.to("meta"), 2, None, 0, 2)),
+    ):
+        with pytest.raises(error):
+            op(*args)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    matrix = torch.eye(300)
+    matrix[3, 4] = matrix[4, 3] = value
+    for call in (lambda: lowrank(matrix, 2), lambda: lowrank(matrix, 100), lambda: truncated_svd(matrix, 2)):
+        with pytest.raises(ValueError, match="must be finite, but holds NaN or infinite values"):
+            call()
+
+
+def test_a_space_of_two_blocks_is_never_larger_than_the_matrix() -> None:
+    """One block is asked for, two are the least there are."""
+    x = torch.randn(31, 63, generator=torch.Generator().manual_seed(0))
+    u, s, v = truncated_svd(x, 10, iterations=1)
+    exact = torch.linalg.svdvals(x.double())
+    missed = torch.linalg.matrix_norm(x.double() - (u * s).double() @ v.double().T)
+    assert float(missed) <= 1.05 * float(exact[10:].square().sum().sqrt())

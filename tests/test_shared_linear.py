@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import storage
+from pycompress.layers import SharedLinear
 from pycompress.ops import kernel_in_use, shared_linear
-from pycompress.ops.shared_linear import shared_linear_of_layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, K, k, r
 SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (300, 65, 40, 0), (90, 77, 0, 33), (1, 1, 1, 1), (700, 130, 330, 300)]
 
-PIVOTED_SIZES = [(64, 128, 16, 8), (63, 1000, 17, 13), (90, 77, 0, 33), (20, 20, 3, 20), (700, 330, 40, 300)]
+PIVOTED_SIZES = [
+    *[(64, 128, 16, 8), (63, 1000, 17, 13), (90, 77, 0, 33), (20, 20, 3, 20), (700, 330, 40, 300)],
+    (77, 77, 0, 77),  # nothing but pivots: a whole matrix and a permutation
+]
 # The last have rows of whole blocks of int4, some of them with half a group at the end.
 PACKED = [
     *(("int8", sizes, pivoted) for sizes, pivoted in [(SIZES[1], True), (SIZES[2], False), (SIZES[3], True)]),
@@ -25,6 +28,8 @@ PACKED = [
     ("int4", (300, 96, 64, 0), False),
     ("int4", (190, 160, 0, 96), True),
     ("int4", (700, 320, 320, 288), True),
+    ("int8", (77, 77, 0, 77), True),
+    ("int4", (160, 160, 0, 160), True),
 ]
 
 
@@ -302,6 +307,25 @@ def test_wide_indices_give_what_narrow_ones_do(level: str, share: str, tokens: i
     assert torch.equal(ours, shared_linear(x, *narrow.arguments(), share=share))
 
 
+@pytest.mark.parametrize("tokens", [1, 24, 25, 60])
+@pytest.mark.parametrize("stored", ["float", "int8", "int4"])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_a_factor_of_pivots_only_leaves_the_whole_matrix_and_a_permutation(
+    level: str, share: str, stored: str, tokens: int
+) -> None:
+    """All channels are pivots: the factor has no numbers, and the weight's rows or columns are in another order."""
+    rows, columns = (96, 160) if share == "output" else (150, 96)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    weight, scales, exact = _drawn((rows, columns), 0.1, torch.float32, stored, torch.Generator().manual_seed(2))
+    empty = (0, 96) if share == "output" else (96, 0)
+    factor, factor_scales, _ = _drawn(empty, 0.1, torch.float32, stored, torch.Generator())
+    dense = exact[order.argsort()] if share == "output" else exact[:, order.argsort()]
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(3))
+    given = (factor, None, order.short(), None, scales, factor_scales)
+    y = shared_linear(x, weight, *given, share=share)
+    torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", ["output", "input"])
@@ -345,23 +369,6 @@ def _to_stacked(grad: Tensor, case: Case) -> Tensor:
     return stacked if case.share == "output" else stacked.T
 
 
-@pytest.mark.parametrize("stored", ["float", "int8"])
-def test_a_layer_checks_its_input_and_no_more(stored: str) -> None:
-    case = _case("output", (9, 7, 4, 3), torch.float32, stored=stored)
-    x = torch.randn(2, 7)
-
-    def layer(x: Tensor) -> Tensor:
-        return shared_linear_of_layer(x, *case.arguments(), "output", 7)
-
-    assert torch.equal(layer(x), shared_linear(x, *case.arguments(), share="output"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(x), shared_linear(x, *case.arguments(), share="output"))
-    with pytest.raises(ValueError, match=r"7 features in its last dimension, got \(2, 8\)"):
-        layer(torch.zeros(2, 8))
-    with pytest.raises(TypeError, match="must share one dtype"):
-        layer(x.bfloat16())
-
-
 def test_autocast_leaves_float64_alone_and_traces_in_one_graph() -> None:
     exact = _case("output", (9, 7, 4, 3), torch.float64)
     single = _case("output", (9, 7, 4, 3), torch.float32)
@@ -393,3 +400,132 @@ def test_wrong_input_is_named() -> None:
         shared_linear(x, weight, factor, labels.long(), channels, share="output")
     with pytest.raises(ValueError, match=r"bias must be \[9\], got \(8,\)"):
         shared_linear(x, weight, factor, labels, channels, torch.zeros(8), share="output")
+
+
+def _layer() -> tuple[Any, ...]:
+    return _case("output", (9, 7, 4, 3), torch.float32, pivoted=True).arguments()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the kernel's, the reference's
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("share", ["output", "input"])
+@pytest.mark.parametrize("wrong", [-1, 4, 32767, -32768])
+def test_labels_without_a_cluster_are_refused(share: str, dtype: torch.dtype, tokens: int, wrong: int) -> None:
+    case = _case(share, (9, 7, 4, 3), dtype, pivoted=True)
+    assert case.labels is not None
+    case.labels[3] = wrong
+    with pytest.raises(IndexError, match=f"labels must be at least 0 and below 4, got {wrong}"):
+        shared_linear(torch.randn(tokens, 7, dtype=dtype), *case.arguments(), share=share)
+
+
+def test_labels_are_refused_where_there_is_no_rank() -> None:
+    x, weight, factor = torch.randn(40, 33), torch.randn(48, 4), torch.zeros(0, 33)
+    with pytest.raises(IndexError, match="labels must be at least 0 and below 4, got -1"):
+        shared_linear(x, weight, factor, torch.full((33,), -1, dtype=torch.int16), share="input")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("share", ["output", "input"])
+def test_channels_that_are_no_permutation_are_refused(share: str, dtype: torch.dtype, tokens: int) -> None:
+    case = _case(share, (9, 7, 4, 3), dtype, pivoted=True)
+    assert case.channels is not None
+    case.channels[2] = case.channels[5]
+    count = len(case.channels)
+    with pytest.raises(ValueError, match=f"channels must be each of 0 to {count - 1} once"):
+        shared_linear(torch.randn(tokens, 7, dtype=dtype), *case.arguments(), share=share)
+    case.channels[2] = count
+    with pytest.raises(IndexError, match=f"channels must be at least 0 and below {count}, got {count}"):
+        shared_linear(torch.randn(tokens, 7, dtype=dtype), *case.arguments(), share=share)
+
+
+def _whole_layer(dtype: torch.dtype) -> SharedLinear:
+    layer = SharedLinear((9, 7), "output", 4, 3, True, "float", bias=True, dtype=dtype)
+    names = ("weight", "factor", "labels", "channels", "bias")
+    tensors = zip(names, _case("output", (9, 7, 4, 3), dtype, pivoted=True).arguments(), strict=False)
+    layer.load_state_dict(dict(tensors))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["copied", "replaced", "data"])
+@pytest.mark.parametrize(("name", "value"), [("labels", 4), ("channels", 0)])
+def test_a_layer_notices_indices_that_were_written_to_or_replaced(
+    name: str, value: int, how: str, dtype: torch.dtype
+) -> None:
+    """As loading, offloading to disk and a careless `.data` do it, after a call that went well."""
+    layer, x = _whole_layer(dtype), torch.randn(2, 7, dtype=dtype)
+    bad = torch.full((9,), value, dtype=torch.int16)
+    with torch.no_grad():
+        layer(x)
+        if how == "copied":
+            getattr(layer, name).copy_(bad)
+        elif how == "replaced":
+            setattr(layer, name, bad)
+        else:
+            getattr(layer, name).data = bad
+        with pytest.raises((IndexError, ValueError), match=f"{name} must be"):
+            layer(x)
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.int8, torch.int64, torch.float32])
+def test_a_layer_whose_labels_have_another_dtype_is_refused(stored: torch.dtype) -> None:
+    layer = _whole_layer(torch.float32)
+    layer.labels = layer.labels.to(stored)
+    with torch.no_grad(), pytest.raises(TypeError, match="labels and channels must both be int16 or both int32, got"):
+        layer(torch.randn(1, 7))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_registered_op_checks_as_its_function_does(gradients: bool) -> None:
+    weight, factor, labels, channels, bias, *_ = _layer()
+    op, x = torch.ops.pycompress.shared_linear, torch.randn(2, 7)
+    bad: list[tuple[type[Exception], tuple[Any, ...]]] = [
+        (ValueError, (torch.randn(2, 8), weight, factor, labels, channels, bias)),
+        (ValueError, (torch.tensor(1.0), weight, factor, labels, channels, bias)),
+        (ValueError, (x, weight[None], factor, labels, channels, bias)),
+        (ValueError, (x, weight, factor, labels[:-1], channels, bias)),
+        (ValueError, (x, weight, factor, labels[None], channels, bias)),
+        (ValueError, (x, weight[:2], factor, labels, channels, bias)),
+        (ValueError, (x, weight, factor, None, channels, bias)),
+        (ValueError, (x, weight, factor, labels, None, bias)),
+        (ValueError, (x, weight, factor, labels, channels, bias[1:])),
+        (ValueError, (x, weight, factor.to("meta"), labels, channels, bias)),
+        (ValueError, (x.to("meta"), weight, factor, labels, channels, bias)),
+        (TypeError, (x, weight.int(), factor, labels, channels, bias)),
+        (TypeError, (x.long(), weight.long(), factor.long(), labels, channels, bias.long())),
+        (TypeError, (x, weight, factor, labels.to(torch.uint8), channels, bias)),
+        (TypeError, (x, weight, factor, labels.long(), channels.long(), bias)),
+        (TypeError, (x, weight.to(torch.int8), factor.to(torch.int8), labels, channels, bias)),
+        (TypeError, (x, weight.to_sparse(), factor, labels, channels, bias)),
+    ]
+    with torch.set_grad_enabled(gradients):
+        for error, args in bad:
+            with pytest.raises(error):
+                op(*args, None, None, False)
+        for error, args in bad:
+            with pytest.raises(error):
+                shared_linear(*args, share="output")
+
+
+def test_scales_of_int4_whose_blocks_are_not_whole_are_refused() -> None:
+    codes, scales = torch.zeros(4, 20, dtype=torch.uint8), torch.ones(4, 1)
+    with pytest.raises(ValueError, match="weight in int4 has rows of a multiple of 32 codes, got 40"):
+        shared_linear(
+            torch.randn(2, 40),
+            codes,
+            torch.zeros(6, 0, dtype=torch.uint8),
+            torch.zeros(6, dtype=torch.int16),
+            None,
+            None,
+            scales,
+            torch.ones(6, 0),
+            share="output",
+        )
+
+
+def test_memory_that_was_given_back_is_refused() -> None:
+    weight, *others = _layer()
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a tensor of shape \(7, 7\) has no memory"):
+        shared_linear(torch.randn(2, 7), weight, *others, share="output")

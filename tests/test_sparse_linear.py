@@ -258,3 +258,69 @@ def test_offsets_that_leave_the_values_are_refused() -> None:
         changed[tile] = wrong
         with pytest.raises(IndexError, match="to the number of values, 3500, by at most 1120 for 16 rows"):
             bitmap_linear(x, values, bitmap, changed)
+
+
+DTYPES_OF_BOTH = [torch.float32, torch.float64]  # the kernel's, the reference's
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_BOTH)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_bitmap_of_more_bits_than_values_is_refused(tokens: int, dtype: torch.dtype) -> None:
+    values, bitmap, offsets = pack_bitmap(torch.ones(40, 100, dtype=dtype))
+    x = torch.ones(tokens, 100, dtype=dtype)
+    for call in (bitmap_linear, torch.ops.pycompress.bitmap_linear):
+        for fewer, moved in ((values[:-7], offsets), (values[:-7], offsets.clamp(max=len(values) - 7))):
+            with pytest.raises(ValueError, match="bitmap must have a bit for each of the 3993 values, got 4000 bits"):
+                call(x, fewer, bitmap, moved, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_BOTH)
+def test_bits_beyond_the_columns_are_refused(dtype: torch.dtype) -> None:
+    values, bitmap, offsets = pack_bitmap(torch.ones(3, 100, dtype=dtype))
+    wider, *_ = pack_bitmap(torch.ones(3, 101, dtype=dtype))
+    _, beyond, ends = pack_bitmap(torch.ones(3, 101, dtype=dtype))
+    with pytest.raises(ValueError, match="bitmap must be zero beyond bit 100 of a row"):
+        bitmap_linear(torch.ones(2, 100, dtype=dtype), wider, beyond, ends)
+    torch.testing.assert_close(
+        bitmap_linear(torch.ones(2, 100, dtype=dtype), values, bitmap, offsets), torch.full((2, 3), 100.0, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_BOTH)
+def test_bits_and_positions_are_checked_again_when_they_are_written_to(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 64, dtype=dtype)
+    values, bitmap, offsets = pack_bitmap(torch.ones(3, 64, dtype=dtype))
+    bitmap_linear(x, values, bitmap, offsets)
+    bitmap[1, 3] = 0
+    with pytest.raises(ValueError, match="bitmap must have a bit for each of the 192 values, got 184 bits"):
+        bitmap_linear(x, values, bitmap, offsets)
+    values, positions = pack24(torch.tensor([1.0, 0, 0, 1]).repeat(3, 16).to(dtype))
+    sparse24_linear(x, values, positions)
+    positions[2, 1] = 0
+    with pytest.raises(ValueError, match="positions must be pairs of two columns of four, the lower one first"):
+        sparse24_linear(x, values, positions)
+
+
+def test_sizes_that_do_not_fit_are_refused_by_the_registered_ops() -> None:
+    x, op24, op = torch.ones(2, 64), torch.ops.pycompress.sparse24_linear, torch.ops.pycompress.bitmap_linear
+    values, positions = pack24(torch.tensor([1.0, 0, 0, 1]).repeat(3, 16))
+    kept, bitmap, offsets = pack_bitmap(torch.ones(3, 64))
+    for error, call in (
+        (ValueError, lambda: op24(x[:, :32], values, positions, None)),
+        (ValueError, lambda: op24(torch.tensor(1.0), values, positions, None)),
+        (ValueError, lambda: op24(x, values[:2], positions, None)),
+        (ValueError, lambda: op24(x, values, positions, torch.ones(4))),
+        (ValueError, lambda: op24(x, values, positions.to("meta"), None)),
+        (TypeError, lambda: op24(x, values.half(), positions, None)),
+        (TypeError, lambda: op24(x.long(), values.long(), positions, None)),
+        (TypeError, lambda: op24(x, values, positions.int(), None)),
+        (ValueError, lambda: op(x[:, :1], kept, bitmap, offsets, None)),
+        (ValueError, lambda: op(x, kept[None], bitmap, offsets, None)),
+        (ValueError, lambda: op(x, kept, bitmap[0], offsets, None)),
+        (ValueError, lambda: op(x, kept, bitmap, offsets[:1], None)),
+        (TypeError, lambda: op(x, kept, bitmap, offsets.long(), None)),
+        (TypeError, lambda: op(x, kept, bitmap.int(), offsets, None)),
+        (TypeError, lambda: bitmap_linear(None, kept, bitmap, offsets)),
+    ):
+        with pytest.raises(error):
+            call()

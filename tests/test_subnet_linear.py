@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
+from pycompress.layers import KernelLinear
 from pycompress.ops import subnet_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -210,3 +211,36 @@ def test_wrong_input_is_named() -> None:
 def test_indices_outside_the_weight_are_refused(index: int) -> None:
     with pytest.raises(IndexError, match=rf"rows must be at least 0 and below 7, got {index}"):
         subnet_linear(torch.zeros(2, 5), torch.zeros(7, 5), rows=torch.tensor([0, index, 3]))
+
+
+def test_the_registered_op_checks_as_its_function_does() -> None:
+    x, weight = torch.ones(2, 5), torch.ones(7, 5)
+    rows = torch.tensor([0, 6])
+    for error, args in (
+        (ValueError, (x, weight[None], None, None, None)),
+        (ValueError, (x, weight, torch.ones(6), None, None)),
+        (ValueError, (x[:, :4], weight, None, None, None)),
+        (ValueError, (torch.tensor(1.0), weight, None, None, None)),
+        (ValueError, (x, weight.to("meta"), None, None, None)),
+        (TypeError, (x, weight.half(), None, None, None)),
+        (TypeError, (x.long(), weight.long(), None, None, None)),
+        (TypeError, (x, weight, None, rows.int(), None)),
+        (TypeError, (x, weight, None, rows[None], None)),
+        (IndexError, (x, weight, None, rows + 1, None)),
+        (IndexError, (x, weight, None, None, torch.tensor([0, 1, 2, 3, 5]))),
+        (IndexError, (x.double(), weight.double(), None, rows - 1, None)),
+    ):
+        for call in (subnet_linear, torch.ops.pycompress.subnet_linear):
+            with pytest.raises(error):
+                call(*args)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_dense_layer_traced_at_some_tokens_serves_any(mode: Callable[[], torch.no_grad], tokens: int) -> None:
+    layer = KernelLinear(16, 12)
+    with mode():
+        traced = torch.jit.trace(layer, (torch.randn(tokens, 16),))
+        for others in (1, 5, 7, 30):
+            x = torch.randn(others, 16)
+            torch.testing.assert_close(traced(x), F.linear(x, layer.weight, layer.bias))

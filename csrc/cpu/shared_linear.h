@@ -43,6 +43,14 @@ struct Layer {
     input = permuted + s.r, input_stride = s.inputs;
   }
 
+  // Where stage one reads nothing, its products are zero: a factor of pivots only.
+  bool no_products() const { return !first_size; }
+  void clear_products(float *reduced) const {
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t i = 0; i < first.rows; ++i) reduced[t * width + first_at + i] = 0.0f;
+    }
+  }
+
   bool sums_by_label() const { return s.share_input && s.k; }
   void sum_by_label(int64_t token, float *reduced) const {
     const T *row = x + token * s.x_stride;
@@ -89,7 +97,9 @@ void few_tokens(const Layer<T, S> &layer) {
   }
   const int64_t work = layer.first.rows * layer.first_size + layer.second.rows * layer.second_size;
   const int threads = static_cast<int>(least(s.threads, work / MIN_WORK + 1));
-  const int64_t pieces = (layer.first.rows + PIECE - 1) / PIECE, sums = layer.sums_by_label() ? s.tokens : 0;
+  if (layer.no_products()) layer.clear_products(reduced);
+  const int64_t pieces = layer.no_products() ? 0 : (layer.first.rows + PIECE - 1) / PIECE,
+                sums = layer.sums_by_label() ? s.tokens : 0;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -130,15 +140,20 @@ void many_tokens(const Layer<T, S> &layer) {
   const SharedLinearArgs &s = layer.s;
   const int64_t width = layer.width;
   float *reduced = scratch(Slot::stage, s.tokens * width);
-  multiply(Matrix<T>{layer.input, s.tokens, layer.input_stride}, layer.first, layer.first_size, s.threads,
-           [&](int64_t token, int64_t from, int64_t count, const float *products) {
-             std::memcpy(reduced + token * width + layer.first_at + from, products, count * sizeof(float));
-           });
+  if (layer.no_products()) {
+    layer.clear_products(reduced);
+  } else {
+    multiply(Matrix<T>{layer.input, s.tokens, layer.input_stride}, layer.first, layer.first_size, s.threads,
+             [&](int64_t token, int64_t from, int64_t count, const float *products) {
+               std::memcpy(reduced + token * width + layer.first_at + from, products, count * sizeof(float));
+             });
+  }
 #pragma omp parallel for schedule(static) num_threads(s.threads)
   for (int64_t t = 0; t < s.tokens; ++t) {
     if (layer.sums_by_label()) layer.sum_by_label(t, reduced + t * width);
     layer.finish_pivots(t, reduced + t * width);
   }
+  if (!layer.second.rows) return;
   multiply(Matrix<float>{reduced + layer.second_at, s.tokens, width}, layer.second, layer.second_size, s.threads,
            [&](int64_t token, int64_t from, int64_t count, const float *products) {
              layer.finish(token, from, count, products, reduced + token * width);

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from pycompress import _ext, storage
 
@@ -21,6 +23,8 @@ LIBRARY = torch.library.Library("pycompress", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
 PREFILL = 25
+DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_references: dict[Any, Callable[..., Any]] = {}
 
 
 def why_no_triton() -> str | None:
@@ -47,53 +51,126 @@ def register(
     fake: Callable[..., Any],
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
+    check: Callable[..., None],
+    check_values: Callable[..., None] | None = None,
 ) -> Any:
-    """Define an op with its reference and fake, plus the `cpu` and `cuda` kernels where those exist."""
+    """Define an op with its reference and fake, plus the `cpu` and `cuda` kernels where those exist.
+
+    `check` takes the op's arguments before any of them computes, `check_values` also where index tensors have values;
+    `cpu` calls both itself, as far as the native module does not check.
+    """
     name = schema.split("(")[0]
+    checks = [each for each in (check, check_values) if each is not None]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pycompress::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, _without_tangents(name, _checked(reference, checks)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pycompress::{name}", _checked(fake, [check]), lib=LIBRARY)
     if _ext.C is not None:
-        LIBRARY.impl(name, cpu, "CPU")
+        LIBRARY.impl(name, _without_tangents(name, cpu), "CPU")
     if why_no_triton() is None:
-        LIBRARY.impl(name, cuda, "CUDA")
-    return getattr(torch.ops.pycompress, name).default
+        LIBRARY.impl(name, _without_tangents(name, _checked(cuda, checks)), "CUDA")
+    op = getattr(torch.ops.pycompress, name).default
+    _references[op] = _checked(reference, checks)
+    return op
+
+
+def _checked(compute: Callable[..., Any], checks: list[Callable[..., None]]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        for check in checks:
+            check(*args)
+        return compute(*args)
+
+    return run
+
+
+def _without_tangents(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute`, which has no forward-mode derivative and would drop tangents in silence."""
+
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(arg) for arg in args):
+            raise NotImplementedError(
+                f"torch.ops.pycompress.{name} has no forward-mode derivative: call the function of pycompress.ops"
+            )
+        return compute(*args)
+
+    return run
+
+
+def _has_tangent(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
 
 
 def call(op: Any, cpu: Callable[..., Tensor], *args: Any) -> Tensor:
     """`op(*args)`; without gradients below autograd, or straight its native kernel `cpu` where nobody looks on.
 
-    A layer of a small model takes less time than autograd's part in Python and the dispatcher's.
+    A layer of a small model takes less time than autograd's part in Python and the dispatcher's. Derivatives that
+    autograd knows of no op, those of forward mode and of functorch, are those of the reference.
     """
     if torch.compiler.is_compiling():
         return op(*args)
-    gradients = torch.is_grad_enabled()
-    if not gradients and _ext.C is not None and not _watched() and all(map(_direct, args)):
+    if torch.is_grad_enabled() or _watched():
+        return _references[op](*args) if _transformed() else dispatch(op, *args)
+    if _ext.C is not None and all(map(_direct, args)):
         return cpu(*args)
-    empty = [arg for arg in args if isinstance(arg, Tensor) and arg.is_meta]
-    if empty and not args[0].is_meta:
-        raise ValueError(
-            f"a tensor of shape {tuple(empty[0].shape)} is on the meta device and holds no values; "
-            f"load the model's weights before running it"
-        )
-    if gradients:
-        return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return dispatch(op, *args)
+
+
+def _transformed() -> bool:
+    """Whether a derivative is taken by forward mode or by functorch."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(each.key() in DERIVATIVES for each in stack)
+
+
+def dispatch(op: Any, *args: Any) -> Any:
+    """`op(*args)`, with TypeError and ValueError instead of the dispatcher's RuntimeError for what is no tensor."""
+    if not torch.compiler.is_compiling():
+        for argument, given in zip(op._schema.arguments, args, strict=True):
+            _check_argument(argument.name, str(argument.type), given)
+    return op(*args)
+
+
+def _check_argument(name: str, kind: str, given: Any) -> None:
+    if isinstance(given, Tensor) or (given is None and kind.startswith("Optional")) or has_torch_function((given,)):
+        return
+    if kind == "int" and isinstance(given, (int, torch.SymInt)) and not isinstance(given, bool):
+        if isinstance(given, int) and not -(1 << 63) <= given < 1 << 63:
+            raise ValueError(f"{name} must fit in 64 bits, got {given}")
+    elif kind != "bool" or not isinstance(given, bool):
+        wanted = {"int": "an integer", "bool": "a bool"}.get(kind, "a tensor")
+        raise TypeError(f"{name} must be {wanted}, got {type(given).__name__}")
 
 
 def _direct(arg: Any) -> bool:
-    """Whether a kernel may take the argument as it is: no subclass of tensors, and none of another device."""
-    return type(arg) in (Tensor, torch.nn.Parameter) and arg.is_cpu if isinstance(arg, Tensor) else True
+    """Whether a kernel may take the argument as it is: no subclass of tensors, none of another device or layout."""
+    kind = type(arg)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return arg.is_cpu and arg.layout is torch.strided
+    return arg is None or kind is bool
 
 
 def _watched() -> bool:
-    """Whether calls of ops are recorded, traced or transformed: by a profiler, a dispatch mode, vmap."""
+    """Whether calls of ops are recorded, traced or transformed: by a mode, a tracer, functorch, a profiler.
+
+    Whatever sees every op has a key of its own among those that the dispatcher adds to a tensor's.
+    """
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack()
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in QUIET
+        or torch._C._is_torch_function_mode_enabled()
+        or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def _quiet() -> frozenset[int]:
+    """The keys that the dispatcher adds where nobody looks on, in and out of inference mode."""
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(torch._C._dispatch_tls_local_include_set().raw_repr())
+    return frozenset(found)
+
+
+QUIET = _quiet()
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -144,6 +221,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether `torch.autocast` is on for the device of a tensor."""
+    if not isinstance(tensor, Tensor):
+        return False
     device = tensor.device.type
     return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pycompress import storage
+from pycompress.ops._checks import check_floats, check_permutation, check_range, check_tensors, once
+
+NAMES = ("x", "weight", "factor", "labels", "channels", "bias", "weight_scales", "factor_scales")
+
+
+def check(*args: Any) -> None:
+    """Raise TypeError or ValueError unless the arguments fit each other; index values are `check_values`' part."""
+    *tensors, share_input = args
+    named = dict(zip(NAMES, tensors, strict=True))
+    check_tensors({name: named.pop(name) for name in NAMES[:3]}, named)
+    x, weight, factor, labels, channels, bias, weight_scales, factor_scales = tensors
+    if weight.dim() != 2 or factor.dim() != 2:
+        raise ValueError(f"weight and factor must be matrices, got {list(weight.shape)} and {list(factor.shape)}")
+    check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
+    check_sizes(x, weight, factor, labels, channels, bias, "input" if share_input else "output")
+    check_scales("weight", weight, weight_scales)
+    check_scales("factor", factor, factor_scales)
+
+
+def check_values(*args: Any) -> None:
+    """Raise IndexError for labels without a cluster, ValueError for channels that are no permutation."""
+    _, weight, factor, labels, channels, *_, share_input = args
+    clusters = storage.width_of(weight) - len(factor) if share_input else len(weight) - storage.width_of(factor)
+    once(labels, check_range, "labels", clusters)
+    once(channels, check_permutation, "channels")
 
 
 def check_dtypes(
@@ -18,6 +45,7 @@ def check_dtypes(
     weight_scales: Tensor | None,
     factor_scales: Tensor | None,
 ) -> None:
+    check_floats(x=x)
     floats = {"x": x, "weight": weight, "factor": factor, "bias": bias}
     if storage.storage_of(weight) != "float":
         if factor.dtype != weight.dtype or weight_scales is None or factor_scales is None:
@@ -52,7 +80,7 @@ def check_sizes(
     shared = packed[along] + (0 if channels is None else rank)
     clusters = stacked[along] - rank
     outputs, inputs = (shared, stacked[1]) if share == "output" else (stacked[0], shared)
-    if x.shape[-1] != inputs:
+    if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
     if clusters < 0:
         raise ValueError(f"the rank {rank} of factor {packed} exceeds weight {stacked}")
@@ -69,6 +97,10 @@ def check_sizes(
 def check_scales(name: str, stored: Tensor, scales: Tensor | None) -> None:
     if scales is None:
         return
+    if storage.width_of(stored) % storage.BLOCK and storage.storage_of(stored) == "int4":
+        raise ValueError(
+            f"{name} in int4 has rows of a multiple of {storage.BLOCK} codes, got {storage.width_of(stored)}"
+        )
     expected = storage.scales_shape(len(stored), storage.width_of(stored), storage.storage_of(stored))
     if scales.shape != expected:
         raise ValueError(f"{name}_scales must be {list(expected)}, got {list(scales.shape)}")

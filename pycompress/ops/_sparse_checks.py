@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pycompress.ops._checks import check_floats
+
 
 def check_layer(x: Tensor, values: Tensor, kept: Tensor, bias: Tensor | None, name: str, inputs: int) -> None:
     """Raise TypeError on dtypes and ValueError on sizes; `kept [N, B]` is called `name`, x has `inputs` features."""
+    check_floats(x=x)
     if values.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"{x.dtype}, {values.dtype}" + ("" if bias is None else f" and {bias.dtype}")
         raise TypeError(f"x, values and bias must share one dtype, got {given}: convert x first")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pycompress import _ext, sparse
 from pycompress.ops import _library
+from pycompress.ops._checks import check_bitmap, check_tensors, once
 from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register, tokens_of
 from pycompress.ops._sparse_checks import check_layer
 
@@ -23,11 +24,35 @@ def bitmap_linear_ref(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor
     return F.linear(x, sparse.unpack_bitmap(values, bitmap, offsets, x.shape[-1]), bias)
 
 
+def _check(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
+    check_tensors({"x": x, "values": values, "bitmap": bitmap, "offsets": offsets}, {"bias": bias})
+    inputs = x.shape[-1] if x.dim() else 0
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (sparse.tiles(len(bitmap)) + 1,):
+        raise ValueError(
+            f"values must be [count], bitmap [N, bytes] and offsets [ceil(N / {sparse.TILE}) + 1], got "
+            f"{list(values.shape)}, {list(bitmap.shape)} and {list(offsets.shape)}"
+        )
+    if bitmap.shape[1] != sparse.bitmap_bytes(inputs):
+        raise ValueError(
+            f"x of {inputs} features needs a bitmap of {sparse.bitmap_bytes(inputs)} bytes a row, got "
+            f"{bitmap.shape[1]}: x {list(x.shape)}, bitmap {list(bitmap.shape)}"
+        )
+    check_layer(x, values, bitmap, bias, "bitmap", inputs)
+
+
+def _check_values(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
+    once(bitmap, check_bitmap, offsets, len(values), x.shape[-1])
+
+
 def _fake(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], bitmap.shape[0]))
 
 
 def _cpu(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, values, bitmap, offsets, bias)
+    _check_values(x, values, bitmap, offsets, bias)
     code = DTYPE_CODES.get(x.dtype)
     if code is None or not x.numel():
         return bitmap_linear_ref(x, values, bitmap, offsets, bias)
@@ -53,6 +78,8 @@ _op = register(
     _fake,
     cpu=_cpu,
     cuda=bitmap_linear_ref,
+    check=_check,
+    check_values=_check_values,
 )
 
 
@@ -96,23 +123,9 @@ def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bi
     `x [..., K]`, any layout, float32, bfloat16 or float16; `values [count]` and `bias [N]` of its dtype; `bitmap
     [N, 8 * ceil(K / 64)]` uint8, zero past bit K; `offsets [ceil(N / 16) + 1]` int32, which agree with the bits. Gives
     `[..., N]` in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`.
-    Differentiable in x, values and bias. Raises ValueError on sizes that do not fit, TypeError on dtypes, and on the
-    CPU IndexError on offsets that leave the values.
+    Differentiable in x, values and bias. Raises ValueError on sizes and bits that do not fit, TypeError on dtypes, and
+    IndexError on offsets that disagree with the bits.
     """
     if autocasts(x):
         x, values, bias = autocast(x, values, bias)
-    inputs = x.shape[-1] if x.dim() else 0
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
-    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (sparse.tiles(len(bitmap)) + 1,):
-        raise ValueError(
-            f"values must be [count], bitmap [N, bytes] and offsets [ceil(N / {sparse.TILE}) + 1], got "
-            f"{list(values.shape)}, {list(bitmap.shape)} and {list(offsets.shape)}"
-        )
-    if bitmap.shape[1] != sparse.bitmap_bytes(inputs):
-        raise ValueError(
-            f"x of {inputs} features needs a bitmap of {sparse.bitmap_bytes(inputs)} bytes a row, got "
-            f"{bitmap.shape[1]}: x {list(x.shape)}, bitmap {list(bitmap.shape)}"
-        )
-    check_layer(x, values, bitmap, bias, "bitmap", inputs)
     return call(_op, _cpu, x, values, bitmap, offsets, bias)

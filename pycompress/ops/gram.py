@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pycompress import _ext
-from pycompress.ops._library import accumulator, register, triton_kernel
+from pycompress.ops._checks import check_floats, check_tensors
+from pycompress.ops._library import accumulator, dispatch, register, triton_kernel
 
 
 def gram_ref(x: Tensor, h: Tensor | None) -> Tensor:
@@ -17,11 +18,29 @@ def gram_ref(x: Tensor, h: Tensor | None) -> Tensor:
     return lower + lower.tril(-1).mT
 
 
+def _check(x: Tensor, h: Tensor | None) -> None:
+    check_tensors({"x": x}, {"h": h})
+    if x.dim() < 2:
+        raise ValueError(f"gram needs x [..., n, d], got a shape of {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"gram needs a floating-point x, got {x.dtype}: convert it first")
+    if h is None:
+        return
+    check_floats(h=h)
+    d = x.shape[-1]
+    if h.shape[-2:] != (d, d) or h.shape[:-2] not in (x.shape[:-2], torch.Size()):
+        raise ValueError(
+            f"gram needs h of shape {(d, d)}, with or without the leading sizes {tuple(x.shape[:-2])} of x, "
+            f"got {tuple(h.shape)}"
+        )
+
+
 def _fake(x: Tensor, h: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-2]), dtype=accumulator(x.dtype))
 
 
 def _cpu(x: Tensor, h: Tensor | None) -> Tensor:
+    _check(x, h)
     if x.dtype == torch.float64:
         return gram_ref(x, h)
     x = x.to(torch.float32)
@@ -29,12 +48,17 @@ def _cpu(x: Tensor, h: Tensor | None) -> Tensor:
     n, d = x.shape[-2:]
     y, x = y.contiguous(), x.contiguous()
     out = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
-    _ext.C.gram(y.data_ptr(), x.data_ptr(), out.data_ptr(), x.shape[:-2].numel(), n, d, _ext.threads())
+    _ext.C.gram(*_ext.addresses(y, x, out), x.shape[:-2].numel(), n, d, _ext.threads())
     return out
 
 
 _op = register(
-    "gram(Tensor x, Tensor? h) -> Tensor", gram_ref, _fake, cpu=_cpu, cuda=triton_kernel("gram", "gram_cuda")
+    "gram(Tensor x, Tensor? h) -> Tensor",
+    gram_ref,
+    _fake,
+    cpu=_cpu,
+    cuda=triton_kernel("gram", "gram_cuda"),
+    check=_check,
 )
 
 
@@ -42,17 +66,6 @@ def gram(x: Tensor, h: Tensor | None = None) -> Tensor:
     """Inner products of the rows of `x`, in the metric `h` where one is given.
 
     `x [..., n, d]`; `h [..., d, d]` symmetric, its leading sizes those of `x` or none. Gives `[..., n, n]`, float32
-    (float64 for float64), exactly symmetric. Raises ValueError on other shapes and TypeError on integers.
+    (float64 for float64), exactly symmetric. Raises ValueError on other shapes or devices and TypeError on integers.
     """
-    if x.dim() < 2:
-        raise ValueError(f"gram needs x [..., n, d], got a shape of {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"gram needs a floating-point x, got {x.dtype}: convert it first")
-    if h is not None:
-        d = x.shape[-1]
-        if h.shape[-2:] != (d, d) or h.shape[:-2] not in (x.shape[:-2], torch.Size()):
-            raise ValueError(
-                f"gram needs h of shape {(d, d)}, with or without the leading sizes {tuple(x.shape[:-2])} of x, "
-                f"got {tuple(h.shape)}"
-            )
-    return _op(x, h)
+    return dispatch(_op, x, h)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pycompress import _ext
 from pycompress.ops import _lloyd_ref as ref
-from pycompress.ops._library import accumulator, register, triton_kernel
+from pycompress.ops._checks import MOST_ITERATIONS, SEEDS, check_count, check_floats, check_range, check_tensors, once
+from pycompress.ops._library import accumulator, dispatch, register, triton_kernel
 from pycompress.ops.gram import gram as gram_of
 
 # Lloyd on the Gram matrix is the faster form until n is this many times d.
 GRAM_FORM_LIMIT = 1.5
+MOST_RESTARTS = 10_000  # their draws are made together
 
 
 def _fake_seeds(gram: Tensor, uniforms: Tensor, weights: Tensor | None) -> Tensor:
@@ -28,7 +30,64 @@ def _fake_labels(data: Tensor, seeds: Tensor, iterations: int, weights: Tensor |
     return data.new_empty(data.shape[:2], dtype=torch.int64), data.new_empty(data.shape[:1], dtype=torch.float32)
 
 
+def _check_seeding(gram: Tensor, uniforms: Tensor, weights: Tensor | None) -> None:
+    check_tensors({"gram": gram, "uniforms": uniforms}, {"weights": weights})
+    _check_gram(gram)
+    _check_weights(weights, gram.shape[:2])
+    check_floats(uniforms=uniforms)
+    if uniforms.dim() not in (2, 3) or len(uniforms) != len(gram) or uniforms.shape[2:] == (0,):
+        raise ValueError(
+            f"uniforms must be [B, k] or [B, k, T] with B = {len(gram)} and T at least 1, got {tuple(uniforms.shape)}"
+        )
+    _check_clusters(uniforms.shape[1], gram.shape[1])
+
+
+def _check_lloyd(gram: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> None:
+    check_tensors({"gram": gram, "seeds": seeds}, {"weights": weights})
+    _check_gram(gram)
+    _check_run(gram, seeds, iterations, weights)
+
+
+def _check_lloyd_points(x: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> None:
+    check_tensors({"x": x, "seeds": seeds}, {"weights": weights})
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point, [B, n, d], got {x.dtype} {tuple(x.shape)}")
+    _check_run(x, seeds, iterations, weights)
+
+
+def _check_seeds(data: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> None:
+    once(seeds, check_range, "seeds", data.shape[1])
+
+
+def _check_gram(gram: Tensor) -> None:
+    if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or not gram.is_floating_point():
+        raise ValueError(f"gram must be floating point, [B, n, n], got {gram.dtype} {tuple(gram.shape)}")
+
+
+def _check_clusters(clusters: int, n: int) -> None:
+    if isinstance(clusters, int) and not 1 <= clusters <= n:
+        raise ValueError(f"clusters must be between 1 and the number of points, {n}, got {clusters}")
+    check_count("clusters", clusters, 1, n)
+
+
+def _check_weights(weights: Tensor | None, shape: torch.Size) -> None:
+    check_floats(weights=weights)
+    if weights is not None and weights.shape != shape:
+        raise ValueError(f"weights must be {tuple(shape)}, one a point, got {tuple(weights.shape)}")
+
+
+def _check_run(data: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> None:
+    if seeds.dim() != 2 or len(seeds) != len(data) or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64 [B, k] with B = {len(data)}, got {seeds.dtype} {tuple(seeds.shape)}")
+    _check_clusters(seeds.shape[1], data.shape[1])
+    _check_weights(weights, data.shape[:2])
+    if iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, got {iterations}")
+    check_count("iterations", iterations, 0, MOST_ITERATIONS)
+
+
 def _kmeans_plus_plus_cpu(gram: Tensor, uniforms: Tensor, weights: Tensor | None) -> Tensor:
+    _check_seeding(gram, uniforms, weights)
     if gram.dtype == torch.float64:
         return ref.kmeans_plus_plus_ref(gram, uniforms, weights)
     gram, weights = _matrices(gram), _plain(weights)
@@ -42,13 +101,17 @@ def _kmeans_plus_plus_cpu(gram: Tensor, uniforms: Tensor, weights: Tensor | None
 
 
 def _lloyd_cpu(gram: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_lloyd(gram, seeds, iterations, weights)
     if gram.dtype == torch.float64:
+        _check_seeds(gram, seeds, iterations, weights)
         return ref.lloyd_ref(gram, seeds, iterations, weights)
     return _run_cpu(_matrices(gram), seeds, iterations, weights, points=False)
 
 
 def _lloyd_points_cpu(x: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_lloyd_points(x, seeds, iterations, weights)
     if x.dtype == torch.float64:
+        _check_seeds(x, seeds, iterations, weights)
         return ref.lloyd_points_ref(x, seeds, iterations, weights)
     x = x.float()
     return _run_cpu((x - x.mean(1, keepdim=True)).contiguous(), seeds, iterations, weights, points=True)
@@ -82,6 +145,7 @@ _kmeans_plus_plus = register(
     _fake_seeds,
     cpu=_kmeans_plus_plus_cpu,
     cuda=triton_kernel("lloyd", "kmeans_plus_plus_cuda"),
+    check=_check_seeding,
 )
 _lloyd = register(
     "lloyd(Tensor gram, Tensor seeds, int iterations, Tensor? weights) -> (Tensor, Tensor)",
@@ -89,6 +153,8 @@ _lloyd = register(
     _fake_labels,
     cpu=_lloyd_cpu,
     cuda=triton_kernel("lloyd", "lloyd_cuda"),
+    check=_check_lloyd,
+    check_values=_check_seeds,
 )
 _lloyd_points = register(
     "lloyd_points(Tensor x, Tensor seeds, int iterations, Tensor? weights) -> (Tensor, Tensor)",
@@ -96,6 +162,8 @@ _lloyd_points = register(
     _fake_labels,
     cpu=_lloyd_points_cpu,
     cuda=triton_kernel("lloyd", "lloyd_points_cuda"),
+    check=_check_lloyd_points,
+    check_values=_check_seeds,
 )
 
 
@@ -107,12 +175,7 @@ def kmeans_plus_plus(gram: Tensor, uniforms: Tensor, weights: Tensor | None = No
     the lowest index not yet taken is the next seed. Raises ValueError on other shapes or k > n.
     Reference: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
     """
-    _check_gram(gram)
-    _check_weights(weights, gram.shape[:2])
-    if uniforms.dim() not in (2, 3) or len(uniforms) != len(gram):
-        raise ValueError(f"uniforms must be [B, k] or [B, k, T] with B = {len(gram)}, got {tuple(uniforms.shape)}")
-    _check_clusters(uniforms.shape[1], gram.shape[1])
-    return _kmeans_plus_plus(gram, uniforms, weights)
+    return dispatch(_kmeans_plus_plus, gram, uniforms, weights)
 
 
 def lloyd(gram: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,11 +184,9 @@ def lloyd(gram: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None =
     `gram [B, n, n]`, `seeds [B, k]` int64, `weights [B, n]` not negative. Gives labels `[B, n]` int64 and inertia `[B]`
     float32, the weighted sum of squared distances to the final labels' own means. Ties go to the lowest label; an
     empty cluster is reseeded at the farthest point. Stops early when no label changes. Raises ValueError on other
-    shapes. Reference: Lloyd, "Least squares quantization in PCM", 1982.
+    shapes and IndexError on seeds that are no points. Reference: Lloyd, "Least squares quantization in PCM", 1982.
     """
-    _check_gram(gram)
-    _check_run(gram, seeds, iterations, weights)
-    return _lloyd(gram, seeds, iterations, weights)
+    return dispatch(_lloyd, gram, seeds, iterations, weights)
 
 
 def lloyd_points(x: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -133,10 +194,7 @@ def lloyd_points(x: Tensor, seeds: Tensor, iterations: int, weights: Tensor | No
 
     Everything else is as in `lloyd`.
     """
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point, [B, n, d], got {x.dtype} {tuple(x.shape)}")
-    _check_run(x, seeds, iterations, weights)
-    return _lloyd_points(x, seeds, iterations, weights)
+    return dispatch(_lloyd_points, x, seeds, iterations, weights)
 
 
 def kmeans(
@@ -153,13 +211,19 @@ def kmeans(
 
     Give `x [B, n, d]` or `gram [B, n, n]`, the B optional; `weights [B, n]` likewise. Gives labels `[B, n]` int64 and
     inertia `[B]` float32. The same seed gives the same bits. Raises ValueError unless exactly one of `x` and `gram` is
-    given, 1 <= clusters <= n and restarts >= 1.
+    given, 1 <= clusters <= n and 1 <= restarts <= MOST_RESTARTS.
     """
     data = x if gram is None else gram
     if data is None or (x is not None and gram is not None):
         raise ValueError("kmeans needs exactly one of x and gram")
-    if restarts < 1:
+    if isinstance(restarts, int) and restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
+    check_count("restarts", restarts, 1, MOST_RESTARTS)
+    check_count("seed", seed, *SEEDS)
+    check_tensors({"x" if gram is None else "gram": data}, {"weights": weights})
+    if data.dim() not in (2, 3):
+        raise ValueError(f"kmeans needs points [B, n, d] or gram [B, n, n], the B optional, got {tuple(data.shape)}")
+    _check_clusters(clusters, data.shape[-2])
     if data.dim() == 2:
         labels, inertia = kmeans(
             None if x is None else x[None],
@@ -199,27 +263,3 @@ def _uniforms(batch: int, clusters: int, restarts: int, seed: int, device: torch
     trials = 2 * (2 + int(math.log(max(clusters, 1))))
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((restarts, batch, clusters, trials), generator=generator).to(device)
-
-
-def _check_gram(gram: Tensor) -> None:
-    if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or not gram.is_floating_point():
-        raise ValueError(f"gram must be floating point, [B, n, n], got {gram.dtype} {tuple(gram.shape)}")
-
-
-def _check_clusters(clusters: int, n: int) -> None:
-    if not 1 <= clusters <= n:
-        raise ValueError(f"clusters must be between 1 and the number of points, {n}, got {clusters}")
-
-
-def _check_weights(weights: Tensor | None, shape: torch.Size) -> None:
-    if weights is not None and weights.shape != shape:
-        raise ValueError(f"weights must be {tuple(shape)}, one a point, got {tuple(weights.shape)}")
-
-
-def _check_run(data: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None) -> None:
-    if seeds.dim() != 2 or len(seeds) != len(data) or seeds.dtype != torch.int64:
-        raise ValueError(f"seeds must be int64 [B, k] with B = {len(data)}, got {seeds.dtype} {tuple(seeds.shape)}")
-    _check_clusters(seeds.shape[1], data.shape[1])
-    _check_weights(weights, data.shape[:2])
-    if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}")

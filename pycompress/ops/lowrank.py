@@ -6,17 +6,29 @@ eigenvectors, `V = Uᵀ (X - ΠX)`. The centred matrix `(I - Π) G (I - Π)` is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pycompress import _ext
-from pycompress.ops._library import accumulator, register, triton_kernel
+from pycompress.ops._checks import (
+    MOST_ITERATIONS,
+    SEEDS,
+    check_count,
+    check_finite,
+    check_floats,
+    check_range,
+    check_tensors,
+    once,
+)
+from pycompress.ops._library import accumulator, dispatch, register, triton_kernel
 from pycompress.ops.gram import gram as gram_of
 
 # The Krylov space pays while it is smaller than this share of n; past it a full eigendecomposition is quicker.
 SPACE_LIMIT = 0.6
+SPARE_COLUMNS = 64  # of zeros that may be asked for, besides n
 
 Centre = Callable[[Tensor], Tensor]
 
@@ -43,10 +55,11 @@ def _krylov(gram: Tensor, omega: Tensor, rank: int, centre: Centre, iterations: 
 
     Reference: Musco and Musco, arXiv:1504.05477, algorithm 2, on a symmetric matrix.
     """
+    check_finite("gram", gram)
     n, width = omega.shape[1:]
     limits = torch.finfo(gram.dtype)
     scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=limits.tiny)
-    blocks = max(1, min(iterations, n // max(width, 1)))
+    blocks = _blocks(omega, iterations)
     basis = gram.new_empty((len(gram), n, blocks * width))
     image = torch.empty_like(basis)
     block = centre(gram @ centre(omega))
@@ -77,10 +90,41 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
         inner = (block.mT @ block).double()
         diagonal = inner.diagonal(dim1=1, dim2=2)
         diagonal += shift * diagonal.sum(1, keepdim=True)
-        triangle = torch.linalg.cholesky(inner)
+        triangle, failed = torch.linalg.cholesky_ex(inner)
+        if bool(failed.any()):
+            raise ValueError(
+                f"{basis.shape[-1] + block.shape[-1]} columns are too many for a Krylov space in {block.shape[1]} "
+                f"dimensions: take fewer, or a matrix of finite products"
+            )
         identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device).expand_as(inner)
         block = block @ torch.linalg.solve_triangular(triangle, identity, upper=False).mT.to(block.dtype)
     return block
+
+
+def _check_space(gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int) -> None:
+    check_tensors({"gram": gram, "omega": omega}, {"labels": labels})
+    _check(gram, rank, labels, clusters)
+    check_floats(omega=omega)
+    n = gram.shape[1]
+    if omega.dim() != 3 or omega.shape[:2] != gram.shape[:2] or not 1 <= omega.shape[2] <= n:
+        raise ValueError(
+            f"omega must be [B, n, width] with B = {len(gram)}, n = {n} and a width of 1 to n, got {tuple(omega.shape)}"
+        )
+    check_count("iterations", iterations, 1, MOST_ITERATIONS)
+    columns = _blocks(omega, iterations) * omega.shape[2]
+    if rank > columns:
+        raise ValueError(f"rank must be at most the {columns} columns of the Krylov space, got {rank}")
+
+
+def _check_labels(
+    gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int
+) -> None:
+    once(labels, check_range, "labels", clusters)
+
+
+def _blocks(omega: Tensor, iterations: int) -> int:
+    """How many blocks of the Krylov space fit into it."""
+    return max(1, min(iterations, omega.shape[1] // omega.shape[2]))
 
 
 def _fake(
@@ -93,14 +137,16 @@ def _fake(
 def _cpu(
     gram: Tensor, omega: Tensor, rank: int, labels: Tensor | None, clusters: int, iterations: int
 ) -> tuple[Tensor, Tensor]:
+    _check_space(gram, omega, rank, labels, clusters, iterations)
     if gram.dtype == torch.float64 or labels is None:
+        _check_labels(gram, omega, rank, labels, clusters, iterations)
         return lowrank_ref(gram, omega, rank, labels, clusters, iterations)
     labels = labels.contiguous()
 
     def centre(y: Tensor) -> Tensor:
         centred = y.clone(memory_format=torch.contiguous_format)
         batch, n, columns = y.shape
-        _ext.C.centre(centred.data_ptr(), labels.data_ptr(), batch, n, columns, clusters, _ext.threads())
+        _ext.C.centre(*_ext.addresses(centred, labels), batch, n, columns, clusters, _ext.threads())
         return centred
 
     return _krylov(gram.float(), omega.float(), rank, centre, iterations)
@@ -112,6 +158,8 @@ _op = register(
     _fake,
     cpu=_cpu,
     cuda=triton_kernel("lowrank", "lowrank_cuda"),
+    check=_check_space,
+    check_values=_check_labels,
 )
 
 
@@ -129,21 +177,26 @@ def lowrank(
     `gram [B, n, n]` symmetric, the B optional; `labels [B, n]` int64 below `clusters`; `iterations` blocks in the
     Krylov space, of `rank + oversample` columns each (32 more by default). Gives `u [B, n, rank]` with orthonormal
     columns and eigenvalues `[B, rank]` in falling order, float32 (float64 for float64). Columns past n are zero. Takes
-    a full eigendecomposition when the space would be too large to pay. Raises ValueError on other shapes or a
-    negative rank.
+    a full eigendecomposition when the space would be too large to pay. Raises ValueError on other shapes, a negative
+    rank or one far above n, and what is not finite, IndexError on labels without a cluster.
     """
+    check_tensors({"gram": gram}, {"labels": labels})
     if gram.dim() == 2:
         one = None if labels is None else labels[None]
         u, values = lowrank(gram[None], rank, one, clusters, seed, iterations, oversample)
         return u[0], values[0]
     _check(gram, rank, labels, clusters)
     n = gram.shape[-1]
+    check_count("iterations", iterations, 1, MOST_ITERATIONS)
+    check_count("seed", seed, *SEEDS)
+    if oversample is not None:
+        check_count("oversample", oversample, 0, MOST_ITERATIONS)
     width = rank + (32 if oversample is None else oversample)
     if not rank or iterations * width > SPACE_LIMIT * n:
         return _exact(gram, rank, labels, clusters)
     generator = torch.Generator().manual_seed(seed)
     omega = torch.randn((n, width), generator=generator, dtype=accumulator(gram.dtype)).to(gram.device)
-    return _op(gram, omega.expand(len(gram), -1, -1), rank, labels, clusters, iterations)
+    return dispatch(_op, gram, omega.expand(len(gram), -1, -1), rank, labels, clusters, iterations)
 
 
 def truncated_svd(x: Tensor, rank: int, seed: int = 0, iterations: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,20 +210,26 @@ def truncated_svd(x: Tensor, rank: int, seed: int = 0, iterations: int = 12) -> 
     Raises ValueError on other shapes and a negative rank, TypeError on integers.
     Reference: Musco and Musco, arXiv:1504.05477, algorithm 2.
     """
-    if x.dim() < 2 or rank < 0:
+    check_tensors({"x": x})
+    check_count("seed", seed, *SEEDS)
+    check_count("iterations", iterations, 1, MOST_ITERATIONS)
+    if x.dim() < 2 or (isinstance(rank, int) and rank < 0):
         raise ValueError(f"truncated_svd needs x [..., n, d] and a rank of 0 or more, got {tuple(x.shape)} and {rank}")
     if not x.is_floating_point():
         raise TypeError(f"truncated_svd needs a floating-point x, got {x.dtype}: convert it first")
+    _check_rank(rank, min(x.shape[-2:]))
+    check_finite("x", x)
     if x.shape[-2] > x.shape[-1]:
         v, s, u = truncated_svd(x.mT, rank, seed, iterations)
         return u, s, v
-    matrix = x.to(accumulator(x.dtype)).reshape(-1, *x.shape[-2:])
+    matrix = x.to(accumulator(x.dtype)).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     width = max(16, -(-rank // 2))
+    iterations = max(2, iterations)
     if not rank or max(iterations * width, rank) > SPACE_LIMIT * x.shape[-2]:
         u, _ = lowrank(gram_of(matrix), rank)
         image = matrix.mT @ u
     else:
-        u, image = _krylov_on_matrix(matrix, rank, width, max(2, iterations), seed)
+        u, image = _krylov_on_matrix(matrix, rank, width, iterations, seed)
     s = torch.linalg.vector_norm(image, dim=1)
     v = image / s[:, None].clamp(min=torch.finfo(s.dtype).tiny)
     lead = x.shape[:-2]
@@ -202,6 +261,8 @@ def _krylov_on_matrix(x: Tensor, rank: int, width: int, blocks: int, seed: int) 
 
 
 def _exact(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> tuple[Tensor, Tensor]:
+    once(labels, check_range, "labels", clusters)
+    check_finite("gram", gram)
     gram = gram.to(accumulator(gram.dtype))
     centre = _centring(labels, clusters, gram)
     centred = centre(centre(gram).mT.contiguous())
@@ -215,9 +276,21 @@ def _exact(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> tup
 def _check(gram: Tensor, rank: int, labels: Tensor | None, clusters: int) -> None:
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or not gram.is_floating_point():
         raise ValueError(f"gram must be floating point, [n, n] or [B, n, n], got {gram.dtype} {tuple(gram.shape)}")
-    if rank < 0:
-        raise ValueError(f"rank must be 0 or more, got {rank}")
-    if labels is not None and (labels.shape != gram.shape[:2] or clusters < 1):
+    _check_rank(rank, gram.shape[1])
+    if labels is None:
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != gram.shape[:2] or (isinstance(clusters, int) and clusters < 1):
         raise ValueError(
             f"labels must be {tuple(gram.shape[:2])} with clusters >= 1, got {tuple(labels.shape)} and {clusters=}"
         )
+    check_count("clusters", clusters, 1, max(gram.shape[1], 1))
+
+
+def _check_rank(rank: int, n: int) -> None:
+    """A rank above n is one of zero columns, up to a bound: they are memory."""
+    most = 2 * n + SPARE_COLUMNS
+    check_count("rank", rank, min(rank, 0) if isinstance(rank, int) else 0, most)
+    if rank < 0:
+        raise ValueError(f"rank must be 0 or more, got {rank}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext, storage
+from pycompress.ops import _shared_linear_checks as checks
 from pycompress.ops._library import (
     DTYPE_CODES,
     PREFILL,
@@ -31,7 +32,6 @@ from pycompress.ops._library import (
     register,
     triton_kernel,
 )
-from pycompress.ops._shared_linear_checks import check_dtypes, check_scales, check_sizes
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
@@ -117,6 +117,11 @@ def _fake(
     return x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
 
 
+# What the native kernel is told of sizes and storage, by the dtypes and shapes of tensors that were found to fit.
+_known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+MOST_KNOWN = 4096
+
+
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -128,37 +133,66 @@ def _cpu(
     factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    if x.dtype not in DTYPE_CODES:
+    given = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
+    if x is None:  # which the dispatcher takes for a tensor
+        checks.check(x, *given, share_input)
+    signature = tuple([None if t is None else (t.dtype, t.shape) for t in given])
+    key = (share_input, x.dtype, x.shape[-1:], signature)
+    known = _known.get(key)
+    if known is None:
+        checks.check(x, *given, share_input)
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        known = _known[key] = _sizes(x, weight, factor, labels, channels, weight_scales, share_input)
+    inputs, outputs, clusters, rank, code, storage_code, wide = known
+    if code is None:
+        checks.check_values(x, *given, share_input)
         return shared_linear_ref(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
     # Held here until the call is over: an address keeps no temporary alive.
-    tensors = [
-        t if t is None or t.is_contiguous() else t.contiguous()
-        for t in (weight, factor, labels, channels, bias, weight_scales, factor_scales)
-    ]
-    inputs = x.shape[-1]
-    rows = x if x.is_contiguous() else x.reshape(-1, inputs)
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
+    rows = x if x.is_contiguous() else x.reshape(math.prod(x.shape[:-1]), inputs)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     row_stride = rows.stride(0) if rows.ndim == 2 else inputs
-    rank = factor.shape[0] if share_input else storage.width_of(factor)
-    stacked = storage.width_of(weight) if share_input else weight.shape[0]
-    outputs = _outputs(weight, factor, channels, share_input)
     tokens = math.prod(x.shape[:-1])
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    sizes = (tokens, inputs, outputs, stacked - rank, rank, row_stride)
-    if x.dtype == torch.float32 and weight_scales is None and tokens >= PREFILL:
+    sizes = (tokens, inputs, outputs, clusters, rank, row_stride)
+    if code == 0 and storage_code == 0 and tokens >= PREFILL:
         _cpu_prefill(rows.view(tokens, inputs), tensors[:5], y.view(tokens, outputs), sizes, share_input)
     else:
         _ext.C.shared_linear(
             *_ext.addresses(rows, *tensors, y),
             *sizes,
-            DTYPE_CODES[x.dtype],
-            STORAGE_CODES[storage.storage_of(weight)],
-            _wide(labels, channels),
+            code,
+            storage_code,
+            wide,
             share_input,
             _ext.threads(),
         )
     return y
+
+
+def _sizes(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    channels: Tensor | None,
+    weight_scales: Tensor | None,
+    share_input: bool,
+) -> tuple[Any, ...]:
+    """Inputs, outputs, clusters, rank, the kernel's codes of dtype and storage, and whether indices are int32."""
+    rank = factor.shape[0] if share_input else storage.width_of(factor)
+    stacked = storage.width_of(weight) if share_input else weight.shape[0]
+    return (
+        x.shape[-1],
+        _outputs(weight, factor, channels, share_input),
+        stacked - rank,
+        rank,
+        DTYPE_CODES.get(x.dtype),
+        STORAGE_CODES[storage.storage_of(weight)],
+        _wide(labels, channels),
+    )
 
 
 def _wide(labels: Tensor | None, channels: Tensor | None) -> bool:
@@ -261,6 +295,8 @@ _op = register(
     _fake,
     cpu=_cpu,
     cuda=_cuda,
+    check=checks.check,
+    check_values=checks.check_values,
 )
 
 
@@ -354,8 +390,9 @@ def shared_linear(
     `factor_scales` in the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None
     when k = 0; `channels` of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the
     dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in
-    x, bias, and weight and factor that are not codes. Raises ValueError on sizes that do not fit and TypeError on
-    dtypes that differ. Reference: arXiv:2501.08631, section 3.
+    x, bias, and weight and factor that are not codes. Raises ValueError on sizes that do not fit, on several devices
+    and on channels that are no permutation, TypeError on dtypes that differ, IndexError on labels without a cluster.
+    Reference: arXiv:2501.08631, section 3.
     """
     if share not in ("output", "input"):
         raise ValueError(f'share must be "output" or "input", got {share!r}')
@@ -363,28 +400,4 @@ def shared_linear(
         x, weight, factor, bias, weight_scales, factor_scales = autocast(
             x, weight, factor, bias, weight_scales, factor_scales
         )
-    check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
-    check_sizes(x, weight, factor, labels, channels, bias, share)
-    check_scales("weight", weight, weight_scales)
-    check_scales("factor", factor, factor_scales)
-    return call(_op, _cpu, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")
-
-
-def shared_linear_of_layer(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share: str,
-    inputs: int,
-) -> Tensor:
-    """`shared_linear` for a layer whose tensors fit each other: only `x` is checked, against `inputs` features."""
-    dtype = weight.dtype if weight_scales is None else weight_scales.dtype
-    if x.dtype != dtype or x.shape[-1] != inputs or autocasts(x):
-        tensors = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
-        return shared_linear(x, *tensors, share=share)
     return call(_op, _cpu, x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share == "input")

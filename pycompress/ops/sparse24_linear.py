@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pycompress import _ext, sparse
 from pycompress.ops import _library
+from pycompress.ops._checks import check_positions, check_tensors, once
 from pycompress.ops._library import (
     DTYPE_CODES,
     autocast,
@@ -38,11 +39,26 @@ def sparse24_linear_ref(x: Tensor, values: Tensor, positions: Tensor, bias: Tens
     return F.linear(x, sparse.unpack24(values, positions), bias)
 
 
+def _check(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> None:
+    check_tensors({"x": x, "values": values, "positions": positions}, {"bias": bias})
+    if values.dim() != 2 or positions.dim() != 2 or values.shape != (len(positions), 4 * positions.shape[1]):
+        raise ValueError(
+            f"values must be [N, K / 2] and positions [N, K / 8], got {list(values.shape)} and {list(positions.shape)}"
+        )
+    check_layer(x, values, positions, bias, "positions", 2 * values.shape[1])
+
+
+def _check_values(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> None:
+    once(positions, check_positions)
+
+
 def _fake(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
 def _cpu(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, values, positions, bias)
+    _check_values(x, values, positions, bias)
     code = DTYPE_CODES.get(x.dtype)
     if code is None or not x.numel():
         return sparse24_linear_ref(x, values, positions, bias)
@@ -131,6 +147,8 @@ _op = register(
     _fake,
     cpu=_cpu,
     cuda=_cuda,
+    check=_check,
+    check_values=_check_values,
 )
 
 
@@ -159,14 +177,9 @@ def sparse24_linear(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor |
 
     `x [..., K]`, any layout, float32, bfloat16 or float16; `values [N, K / 2]` and `bias [N]` of its dtype; `positions
     [N, K / 8]` uint8. Gives `[..., N]` in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its
-    dtype, as in `F.linear`. Differentiable in x, values and bias. Raises ValueError on sizes that do not fit, TypeError
-    on dtypes.
+    dtype, as in `F.linear`. Differentiable in x, values and bias. Raises ValueError on sizes that do not fit and on
+    positions that do not ascend, TypeError on dtypes.
     """
     if autocasts(x):
         x, values, bias = autocast(x, values, bias)
-    if values.dim() != 2 or positions.dim() != 2 or values.shape != (len(positions), 4 * positions.shape[1]):
-        raise ValueError(
-            f"values must be [N, K / 2] and positions [N, K / 8], got {list(values.shape)} and {list(positions.shape)}"
-        )
-    check_layer(x, values, positions, bias, "positions", 2 * values.shape[1])
     return call(_op, _cpu, x, values, positions, bias)

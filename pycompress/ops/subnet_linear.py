@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
+from pycompress.ops._checks import check_floats, check_range, check_tensors, once
 from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, call, register, tokens_of, triton_kernel
 
 
@@ -26,14 +27,41 @@ def subnet_linear_ref(
     return F.linear(x, weight if columns is None else weight.index_select(1, columns), bias)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> None:
+    check_tensors({"x": x, "weight": weight}, {"bias": bias, "rows": rows, "columns": columns})
+    check_floats(x=x)
+    dtype = x.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        given = f"{dtype}, {weight.dtype}" + ("" if bias is None else f" and {bias.dtype}")
+        raise TypeError(f"x, weight and bias must share one dtype, got {given}: convert x first")
+    for name, index in (("rows", rows), ("columns", columns)):
+        if index is not None and (index.dtype != torch.int64 or index.dim() != 1):
+            raise TypeError(f"{name} must be int64 of one dimension, got {index.dtype} {tuple(index.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+    outputs, inputs = weight.shape
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must be [{outputs}], one for each row of weight, got {tuple(bias.shape)}")
+    inputs = inputs if columns is None else columns.shape[0]
+    if x.shape[-1:] != (inputs,):
+        raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
+
+
+def _check_values(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> None:
+    once(rows, check_range, "rows", weight.shape[0])
+    once(columns, check_range, "columns", weight.shape[1])
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], (weight if rows is None else rows).shape[0]))
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    _check(x, weight, bias, rows, columns)
     code, values = DTYPE_CODES.get(x.dtype), x.numel()
     by_torch = code == 0 and rows is None and columns is None and values >= PREFILL * x.shape[-1]
     if code is None or not values or by_torch:
+        _check_values(x, weight, bias, rows, columns)
         return subnet_linear_ref(x, weight, bias, rows, columns)
     # All are held here until the call is over: an address keeps no temporary alive.
     tokens = tokens_of(x)
@@ -65,6 +93,8 @@ _op = register(
     _fake,
     cpu=_cpu,
     cuda=triton_kernel("subnet_linear", "subnet_linear_cuda"),
+    check=_check,
+    check_values=_check_values,
 )
 
 
@@ -109,27 +139,8 @@ def subnet_linear(
     other layouts are copied first. For few tokens, contiguous rows are read whole whatever the columns, so the weights
     of the others must be finite, and contiguous columns are read whole whatever the rows. Under `torch.autocast` all
     take its dtype, as in `F.linear`. Differentiable in x, weight and bias. Raises ValueError on sizes that do not fit,
-    TypeError on dtypes, and on the CPU IndexError on indices outside the weight.
+    TypeError on dtypes, and IndexError on indices outside the weight.
     """
     if autocasts(x):
         x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias, rows, columns)
     return call(_op, _cpu, x, weight, bias, rows, columns)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> None:
-    dtype = x.dtype
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        given = f"{dtype}, {weight.dtype}" + ("" if bias is None else f" and {bias.dtype}")
-        raise TypeError(f"x, weight and bias must share one dtype, got {given}: convert x first")
-    for name, index in (("rows", rows), ("columns", columns)):
-        if index is not None and (index.dtype != torch.int64 or index.dim() != 1):
-            raise TypeError(f"{name} must be int64 of one dimension, got {index.dtype} {tuple(index.shape)}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
-    outputs, inputs = weight.shape
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must be [{outputs}], one for each row of weight, got {tuple(bias.shape)}")
-    inputs = inputs if columns is None else columns.shape[0]
-    if x.shape[-1:] != (inputs,):
-        raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
