@@ -30,6 +30,12 @@ LawName = Annotated[str, typer.Option(help="v1 or v2.")]
 Unit = Annotated[float, typer.Option(help="Recovery tokens to one of D.")]
 Device = Annotated[str | None, typer.Option(help="Where to run; a GPU if there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="A BOS before each window; what the tokenizer does if not given.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; null where there is no finite number.")]
 
 # Of a model's folder, what its tokenizer and processor read.
@@ -81,6 +87,7 @@ def compress(
         int | None, typer.Option(help="Tokens a window of the calibration file; 512, or what fits, if not given.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows to take, spread over the file.")] = 64,
+    bos: Bos = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -98,8 +105,8 @@ def compress(
         network, tokenizer = _load(model, device, dtype)
         batches: Any = text or None
         if passage is not None:
-            batches = token_windows(network, tokenizer, passage, window, windows)
-        report = pycompress.apply(network, steps, batches, tokenizer=tokenizer, checkpoint=checkpoint)
+            batches = token_windows(network, tokenizer, passage, window, windows, bos)
+        report = pycompress.apply(network, steps, batches, tokenizer=tokenizer, checkpoint=checkpoint, bos=bos)
         network.save_pretrained(out)
         tokenizer.save_pretrained(out)
         _carry(model, out)
@@ -116,7 +123,8 @@ def recover(
     tokens: Annotated[int, typer.Option(help="Tokens to train on; the steps follow from them.", show_default=False)],
     method: Annotated[str, typer.Option(help="lora, full or factors.")] = "lora",
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the method's own if not given.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    window: Annotated[int | None, typer.Option(help="Tokens a window; 512, or what fits, if not given.")] = None,
+    bos: Bos = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
@@ -145,6 +153,7 @@ def recover(
             lr=lr,
             tokenizer=tokenizer,
             window=window,
+            bos=bos,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
             lora_rank=lora_rank,
@@ -170,6 +179,7 @@ def perplexity(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; the window if not given.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after this many windows.")] = None,
+    bos: Bos = None,
     device: Device = None,
     dtype: Dtype = "auto",
     json: Json = False,
@@ -180,7 +190,7 @@ def perplexity(
 
         passage = read_text(text)
         network, tokenizer = _load(model, device, dtype)
-        value = measure(network, tokenizer, passage, window, stride, max_windows)
+        value = measure(network, tokenizer, passage, window, stride, max_windows, bos)
         typer.echo(_json({"perplexity": value}, indent=None) if json else f"perplexity {value:.4f}")
 
 

@@ -38,12 +38,12 @@ def test_info_names_every_op_and_the_versions():
 
 def test_perplexity_prints_what_the_function_gives(saved, byte_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(saved / "model")
-    expected = perplexity(model, byte_tokenizer, TEXT, window=64)
-    result = call(
-        "perplexity", saved / "model", "--text", saved / "text.txt", "--window", 64, "--json", "--device", "cpu"
-    )
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    for flag, bos in (((), None), (("--bos",), True), (("--no-bos",), False)):
+        expected = perplexity(model, byte_tokenizer, TEXT, window=64, bos=bos)
+        settings = ("--text", saved / "text.txt", "--window", 64, "--json", "--device", "cpu", *flag)
+        result = call("perplexity", saved / "model", *settings)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_speed_compares_the_models_it_is_given(saved):

@@ -9,7 +9,9 @@ from torch import nn
 
 import pycompress
 from pycompress import RTN, Magnitude, Prune, groups, hub
+from pycompress.calibrate import prepare
 from pycompress.layers import PackedLinear
+from pycompress.sensitivity import loss_sensitivity
 from pycompress.trajectory import TrajectoryTracker
 
 IMAGE = 96
@@ -194,3 +196,41 @@ def test_a_global_share_of_the_language_model_is_spread_by_the_loss(trained):
     pycompress.apply(model, recipe, batches, progress=False)
     shares = [share for share in zeros(model).values() if share > 0]
     assert max(shares) - min(shares) > 0.05
+
+
+def test_the_loss_is_that_of_text_with_its_images(trained):
+    model, batches, _ = trained
+    names = [linear.name for linear in groups.linears(model)]
+    found = loss_sensitivity(model, groups.blocks(model), prepare(model, batches, None), names)
+    squares, tokens = dict.fromkeys(names, 0), 0
+    for batch in batches:
+        outputs = {}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda m, a, y, name=name, outputs=outputs: (y.retain_grad(), outputs.__setitem__(name, y))[0]
+            )
+            for name in names
+        ]
+        logits, ids = model(**batch).logits, batch["input_ids"]
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+        squares = {name: squares[name] + outputs[name].grad.double().square().flatten(0, -2).sum(0) for name in names}
+        tokens += ids.numel()
+    for name in names:
+        torch.testing.assert_close(found[name].double(), squares[name] / tokens, rtol=1e-3, atol=1e-9)
+
+
+def test_padding_beside_images_does_not_count(trained):
+    model, batches, _ = trained
+    plain, padded = (copy.deepcopy(model) for _ in range(2))
+    rows = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for batch in batches for row in range(2)]
+    pads = {"input_ids": 5, "attention_mask": 0, "token_type_ids": 0}
+    longer = [
+        {n: nn.functional.pad(t, (9, 0), value=pads[n]) if n in pads else t for n, t in batch.items()}
+        for batch in batches
+    ]
+    for changed, data in ((plain, rows), (padded, longer)):
+        pycompress.apply(changed, pycompress.SWSC(0.5, targets=(LANGUAGE,)), data, progress=False)
+    for (name, expected), got in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected, msg=name)

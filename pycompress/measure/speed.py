@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticLayer
 
 from pycompress.measure.memory import peak, reset_peak
 from pycompress.measure.model import embedding, evaluation, require_positions
+from pycompress.state import kept
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -92,6 +93,7 @@ def compare_speed(
     for model in models.values():
         require_positions(model, prompt + new_tokens, f"prompt {prompt} and {new_tokens} new tokens")
     with ExitStack() as stack:
+        stack.enter_context(kept(*models.values()))
         for model in models.values():
             stack.enter_context(evaluation(model))
         stack.enter_context(torch.inference_mode())
