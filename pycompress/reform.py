@@ -36,6 +36,8 @@ def reform(
     inner = gram[kept][:, kept]
     aimed = (weight @ gram[:, kept]) if cross is None else cross.double()[:, kept]
     prior = weight[:, kept] if towards is None else towards.double()
+    if not bool(inner.any()):  # inputs that are zero say nothing of the weight
+        return prior
     ridge = damping * float(inner.diagonal().mean())
     system = inner + ridge * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
     factor, failed = torch.linalg.cholesky_ex(system)
@@ -62,6 +64,8 @@ def held_out_dampings(
     """
     inner, vectors = torch.linalg.eigh(gram.double())
     held, ridge = held_out_gram.double(), float(inner.mean())
+    if not ridge:  # inputs that are zero
+        return [dampings[-1]] * len(crosses)
     chosen = []
     for cross, held_out, start in zip(crosses, held_out_crosses, towards, strict=True):
         prior, aimed = start.double(), held_out.double()
@@ -93,6 +97,8 @@ def reform_admm(weight: Tensor, gram: Tensor, kept: Tensor, rho: float = 1.0, it
     Reference: arXiv:2409.17372, section 3.3.
     """
     weight = weight.double()
+    if not bool(gram.any()):
+        return weight[:, kept]
     scaled = gram.double() / gram.double().diagonal().mean()
     stays = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     stays[kept] = 1

@@ -430,3 +430,36 @@ def test_settings_are_checked():
 def test_a_size_that_cannot_be_reached_says_what_can(tiny_model):
     with pytest.raises(ValueError, match="keeps at least"):
         pycompress.apply(tiny_model("LlamaForCausalLM"), Magnitude(0.05, round_to=8), progress=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pycompress.SubnetSearch(0.7, parts=("mlp", "attention")),
+        pycompress.SubnetSearch(0.7, parts=("mlp", "kv_heads")),
+        pycompress.SubnetSearch(0.7, sequential=True, refit="block"),
+        pycompress.SubnetSearch(0.7, importance="phi", allocation="uniform"),
+        pycompress.SubnetSearch(0.7, reform="admm"),
+        pycompress.FLAP(0.7),
+        pycompress.Wanda(0.7),
+        pycompress.Taylor(0.7),
+        pycompress.SliceGPT(0.8),
+        pycompress.PruneNet(0.7),
+        pycompress.Prune("sparsegpt", sparsity=0.5),
+        pycompress.Prune("wanda", "2:4"),
+        pycompress.RTN(4, group_size=16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("zero", ["self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_matrices_of_zeros_are_ordinary(config, zero, tiny_model):
+    """Blocks that were added to a model begin with zeros, and give what reads them inputs of zeros."""
+    model = tiny_model("LlamaForCausalLM", attention_bias=False, mlp_bias=False)
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.1.{zero}").weight.zero_()
+    ids = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(1))
+    pycompress.apply(model, config, ids, progress=False)
+    assert all(
+        bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values() if tensor.is_floating_point()
+    )
+    assert bool(torch.isfinite(model(ids).logits).all())

@@ -39,11 +39,13 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 def phi(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> Tensor:
     """Importance of each weight, `[N, K]` float64: `W_ij² / [(2 X Xᵀ)⁻¹]_jj`, half of it being the squared output error
-    when weight ij is removed and the others of its row make up for it.
+    when weight ij is removed and the others of its row make up for it. Zero where all inputs are.
 
     `weight [N, K]`; `gram [K, K]`: mean of x xᵀ, here in place of the sum. `damping`: as in `inverse`.
     Reference: arXiv:2409.17372, section 3 (weight importance).
     """
+    if not bool(gram.any()):
+        return torch.zeros_like(weight, dtype=torch.float64)
     return 2 * weight.double().square() / inverse(gram, damping).diagonal()
 
 
@@ -91,6 +93,9 @@ def eliminate(
     a step the error is interpolated. `damping`: as in `inverse`. Arithmetic is in float64.
     """
     sets, count, width = units.shape
+    if not bool(gram.any()):  # inputs that are zero, as those of o behind a v of zeros
+        order = torch.arange(count).repeat(sets, 1)
+        return Elimination(order, torch.zeros(count, dtype=torch.float64))
     inverted = inverse(gram, damping)
     felt = _felt(weight, sensitivity)
     left = torch.arange(count, device=weight.device).repeat(sets, 1)
