@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nf4 import NF4
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pycompress
@@ -67,7 +68,11 @@ ROWS: tuple[tuple[str, Config | None], ...] = (
     *((f"all, keep 0.65: ours{name}", SWSC(0.65, storage=kind)) for name, kind in STORED.items()),
     ("all, keep 0.65: weights only", SWSC(0.65, weighting="none", allocation="error")),
     *((f"all at 4.5 bits: ours, {kind}", SWSC(4.5 / 16, storage=kind)) for kind in ("int8", "int4")),
+    ("all at 4.5 bits: RTN in groups", RTN(4, group_size=64)),
+    ("all at 4.5 bits: NF4", NF4()),
     ("all at 4 bits: RTN", RTN(4)),
+    ("all at 3.5 bits: ours, int4", SWSC(3.5 / 16, storage="int4")),
+    ("all at 3.5 bits: RTN in groups", RTN(3, group_size=64)),
     *((f"all at 3 bits: ours, {kind}", SWSC(3 / 16, storage=kind)) for kind in ("int8", "int4")),
     ("all at 3 bits: RTN", RTN(3)),
     ("all, keep 0.93: ours", SWSC(0.93)),
@@ -129,7 +134,8 @@ ROWS += (
 
 
 ALWAYS = ("api", "calibrate", "sensitivity")
-PACKING = ("allocate", "formats", "storage", "methods/registry", "methods/rounding", "methods/channels")
+PACKING = ("allocate", "formats", "storage")
+PACKING += tuple(f"methods/{name}" for name in ("registry", "rounding", "channels", "forms", "pricing"))
 ZEROING = (*PACKING, "methods/sparsegpt")
 SLICING = ("slicing", "rotate", "skeleton")
 SEARCHING = ("search", "candidates", "evolve")

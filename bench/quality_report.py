@@ -24,6 +24,8 @@ PLOT = ROOT / "docs" / "img" / "quality-pruned.svg"
 PACKED = {
     "Q and K, 3 bits a weight": "Q, K at 3 bits: ",
     "Q and K, 2 bits a weight": "Q, K at 2 bits: ",
+    "every linear of the decoder, 4.5 bits": "all at 4.5 bits: ",
+    "every linear of the decoder, 3.5 bits": "all at 3.5 bits: ",
     "every linear of the decoder, 3 bits": "all at 3 bits: ",
     "every linear of the decoder, keep 0.65": "all, keep 0.65: ",
     "every linear of the decoder, keep 0.8": "all, keep 0.8: ",
@@ -33,6 +35,8 @@ STORED = {
     "ours, int8": "ours, int8",
     "ours, int4": "ours, int4",
     "RTN": "RTN",
+    "RTN in groups of 64": "RTN in groups",
+    "NF4": "NF4",
     "published SWSC": "published SWSC",
     "ours on weights alone": "weights only",
 }
@@ -83,7 +87,8 @@ dense model's perplexity is {dense}.
 ## Equal bytes
 
 `keep` is kept bytes over original bytes of the targets. RTN has one scale and zero a row and keeps up to 2% more bytes
-than its row says.
+than its row says; in groups of 64 they are counted: half a bit a weight. NF4 is that of bitsandbytes, by its codebook,
+with a float32 scale for each 64 weights.
 
 """
 PRUNED = """
