@@ -178,7 +178,8 @@ def test_packed_documents_are_apart(architecture, tiny_model):
     ("path", "named"),
     [
         ("model.embed_tokens", "before block 0 gives NaN or infinite activations .* first in model.embed_tokens"),
-        ("model.layers.1.input_layernorm", "block 1 gives NaN or infinite activations .* first in (input_layernorm|self_attn.q_proj)"),
+        # SliceGPT has the norm in what reads it.
+        ("model.layers.1.input_layernorm", "block 1 gives NaN or inf.* first in (input_layernorm|self_attn.q_proj)"),
     ],
 )
 def test_activations_that_are_not_finite_are_named(config, path, named, tiny_model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pycompress import groups
+from pycompress.calibrate import prepare
 from pycompress.candidates import Encoding, Evaluator, Order, Scorer
 from pycompress.search import Evolution, search
 from pycompress.shrink import shrink
@@ -240,7 +241,7 @@ def test_padding_is_not_scored(tiny_model):
     mask[0, :4] = 0
     mask[1, :2] = 0
     batches = [{"input_ids": ids, "attention_mask": mask}]
-    got = Evaluator(model, batches).perplexity(Subnet.whole(2))
+    got = Evaluator(model, prepare(model, batches, None)).perplexity(Subnet.whole(2))
     assert got == pytest.approx(perplexity_of(model, batches), rel=1e-5)
 
 

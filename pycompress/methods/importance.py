@@ -94,8 +94,7 @@ def eliminate(
     """
     sets, count, width = units.shape
     if not bool(gram.any()):  # inputs that are zero, as those of o behind a v of zeros
-        order = torch.arange(count).repeat(sets, 1)
-        return Elimination(order, torch.zeros(count, dtype=torch.float64))
+        return Elimination(torch.arange(count).repeat(sets, 1), torch.zeros(count, dtype=torch.float64))
     inverted = inverse(gram, damping)
     felt = _felt(weight, sensitivity)
     left = torch.arange(count, device=weight.device).repeat(sets, 1)

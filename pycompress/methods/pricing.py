@@ -110,16 +110,19 @@ class Coded:
             ranks, nbytes = ranks[:-1], nbytes[:-1]
         if not len(ranks) or (self.first is not None and not form.clusters and self.lopsided(form)):
             return
+        least = points.least(nbytes)
+        if form.clusters and self.first is not None and not self.may_serve(form, ranks, nbytes, least):
+            return
         sharing = self.sharing(form)
-        tail, least = self.tail(sharing, ranks), points.least(nbytes)
+        tail = self.tail(sharing, ranks)
         if self.first is None:
             places = sorted({0, len(ranks) // 2, len(ranks) - 1})
             added = [self.error(sharing, int(ranks[place]), form.kind) - float(tail[place]) for place in places]
             self.first = nbytes[places], torch.tensor(added, dtype=torch.float64)
             points.add(nbytes, tail + _between(nbytes, *self.first), index)
             return
-        first, same = _between(nbytes, *self.first), form.kind == self.config.kind
-        promised = (tail + (FELT * first if same else self.eight)) * (1 + MARGIN)
+        first = _between(nbytes, *self.first)
+        promised = self.promised(form, tail, nbytes)
         worth = promised < least
         if not bool(worth.any()):
             return
@@ -133,6 +136,20 @@ class Coded:
         places = sorted(felt)
         shares = torch.tensor([felt[place] for place in places], dtype=torch.float64)
         points.add(nbytes[worth], (tail + _between(nbytes, nbytes[places], shares) * first)[worth], index)
+
+    def promised(self, form: Form, tail: Tensor, nbytes: Tensor) -> Tensor:
+        """What a form after the first must be expected to lose, of which floats lose `tail`."""
+        assert self.first is not None
+        added = FELT * _between(nbytes, *self.first) if form.kind == self.config.kind else self.eight
+        return (tail + added) * (1 + MARGIN)
+
+    def may_serve(self, form: Form, ranks: Tensor, nbytes: Tensor, least: Tensor) -> bool:
+        """Whether clusters, before any are made, may promise enough: with a correction they are a product of that many
+        more ranks, which loses no less than the best of them (Eckart and Young).
+        """
+        tail = self.channels.spectrum[0].cpu()
+        bound = tail[(ranks + form.clusters).clamp(max=len(tail) - 1)]
+        return bool((self.promised(form, bound, nbytes) < least).any())
 
     def lopsided(self, form: Form) -> bool:
         """Whether the pivots of a form without clusters are among the channels of a side that is much the longer."""

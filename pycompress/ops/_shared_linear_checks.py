@@ -86,7 +86,7 @@ def check_sizes(
         raise ValueError(f"the rank {rank} of factor {packed} exceeds weight {stacked}")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must be [{outputs}], got {tuple(bias.shape)}")
-    if (labels is None) != (clusters == 0):
+    if (labels is None) != bool(clusters == 0):
         given = "None" if labels is None else tuple(labels.shape)
         raise ValueError(f"labels must be given exactly when there are clusters, got k = {clusters} and {given}")
     for name, index in (("labels", labels), ("channels", channels)):
