@@ -36,7 +36,7 @@ def reform(
     inner = gram[kept][:, kept]
     aimed = (weight @ gram[:, kept]) if cross is None else cross.double()[:, kept]
     prior = weight[:, kept] if towards is None else towards.double()
-    if not bool(inner.any()):  # inputs that are zero say nothing of the weight
+    if damping and not bool(inner.any()):  # inputs that are zero say nothing of the weight
         return prior
     ridge = damping * float(inner.diagonal().mean())
     system = inner + ridge * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
