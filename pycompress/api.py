@@ -36,7 +36,7 @@ from pycompress.search import Result
 from pycompress.sensitivity import loss_sensitivity
 from pycompress.shrink import check_free
 from pycompress.slicing import Slicing
-from pycompress.state import kept, neutral
+from pycompress.state import neutral
 
 SENSITIVITY_TOKENS = 4096
 
@@ -63,7 +63,7 @@ def apply(
     Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before anything is
     changed, and `ValueError` for activations that are not finite, naming where they come from.
     """
-    with kept(model), neutral(), evaluation(model):  # type: ignore[arg-type]
+    with neutral(), evaluation(model):
         return _apply(model, recipe, calibration, tokenizer, checkpoint, progress, bos)
 
 
@@ -83,7 +83,8 @@ def _apply(
     _check_weights(model, plan(model, [*structural[:1]]))
     _check_weights(model, steps)
     _check_vision(model, structural, steps)
-    _check_blocks(model, structural)
+    if structural:
+        check_free(model)
     batches = _batches(model, configs, calibration, tokenizer, bos)
     identity = {} if checkpoint is None else _identity(model, batches)
     with Checkpoint(checkpoint, identity, configs) as saved:
@@ -324,14 +325,6 @@ def _check_weights(model: nn.Module, steps: Plan) -> None:
             METHODS[type(step.config)].check((weight.shape[0], weight.shape[1]), weight.dtype, step.config)
         except ValueError as error:
             raise ValueError(f"{step.name}: {error}") from error
-
-
-def _check_blocks(model: nn.Module, structural: list[ShrinkConfig]) -> None:
-    """Raise `ValueError` where a smaller block would lose what the user has put on the one that is there."""
-    if structural:
-        path = groups.architecture_of(model).blocks
-        for index, block in enumerate(groups.blocks(model)):
-            check_free(f"{path}.{index}", block)
 
 
 def _check_vision(model: nn.Module, structural: list[ShrinkConfig], steps: Plan) -> None:

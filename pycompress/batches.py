@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pycompress.brief import brief, listed
 
 Batch = dict[str, Tensor]
 
@@ -138,12 +140,6 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def shortened(value: Any) -> str:
-    """A value for a message, in at most 60 letters."""
-    text = repr(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _iterated(data: Any, what: str) -> Iterator[Any]:
     """The entries of `data` in the form they have there."""
     if isinstance(data, PurePath):
@@ -187,10 +183,9 @@ def _column(names: list[Any], what: str) -> str:
     for name in (IDS, *CONVERSATIONS, *TEXTS):
         if name in names:
             return name
-    listed = ", ".join(shortened(str(name)).strip("'") for name in names[:8]) or "nothing"
     raise TypeError(
-        f"{what} has {listed} and no input_ids, messages or text; of a set of splits give one (data['train']), of "
-        f"another column its values (data['{names[0] if names else 'column'}'])"
+        f"{what} has {listed(names) or 'nothing'} and no input_ids, messages or text; of a set of splits give one "
+        f"(data['train']), of another column its values (data['{names[0] if names else 'column'}'])"
     )
 
 
@@ -227,7 +222,7 @@ def _check_texts(texts: list[str], what: str) -> None:
     named = all(NAME.fullmatch(text) or text in KEYS for text in texts)
     if named or (len(texts) == 1 and _exists(texts[0])):
         raise ValueError(
-            f"{what} is {shortened(texts[0])}, which reads as a path, a key or a dataset's name and not as a text; "
+            f"{what} is {brief(texts[0])}, which reads as a path, a key or a dataset's name and not as a text; "
             f"give the text itself: Path(...).read_text(), or a column of the loaded dataset"
         )
 
@@ -257,7 +252,7 @@ def _is_row(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Whether a value may be ids: a tensor, an array, or lists of integers."""
-    return isinstance(value, Tensor | np.ndarray) or (isinstance(value, list) and _is_row(value))
+    return isinstance(value, Tensor | np.ndarray) or _is_row(value)
 
 
 def _size(ids: Any) -> int:
@@ -363,7 +358,7 @@ def _without_plain_positions(batch: Batch) -> Batch:
 
 
 def _a(value: Any) -> str:
-    if isinstance(value, Iterable) and isinstance(value, list | tuple | dict | set) and not value:
+    if isinstance(value, list | tuple | dict | set) and not value:
         return f"an empty {type(value).__name__}"
     shape = f" {list(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
     return f"{type(value).__module__}.{type(value).__name__}{shape}".removeprefix("builtins.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_map
 from pycompress import batches
 from pycompress.batches import Batch
 from pycompress.measure.model import embedding, require_positions
-from pycompress.measure.windows import token_windows
+from pycompress.measure.windows import windows_of
 from pycompress.methods.registry import Statistics
 from pycompress.ops.gram import gram
 from pycompress.state import forwards, hooked
@@ -42,9 +41,8 @@ def prepare(model: Any, calibration: Any, tokenizer: Any, bos: bool | None = Non
     """
     entries = batches.read(calibration, "calibration")
     if not batches.is_ids(entries[0]):
-        if tokenizer is None:
-            raise ValueError("calibration texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
-        entries = _windows(model, tokenizer, entries, bos)
+        windows = windows_of(model, tokenizer, entries, "calibration", bos=bos)
+        entries = [{batches.IDS: window} for window in windows]
     found = _stacked(
         _taken(model, batch, f"entry {index} of calibration")
         for index, entry in enumerate(entries)
@@ -110,16 +108,6 @@ def _stacked(given: Iterable[Batch]) -> list[Batch]:
                 found.append([row])
             shapes = own
     return [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in found]
-
-
-def _windows(model: Any, tokenizer: Any, entries: list[Any], bos: bool | None) -> list[Any]:
-    """Windows of texts, joined, or of conversations, one by one, as ids."""
-    texts = batches.texts_of(entries, tokenizer, "calibration")
-    if isinstance(entries[0], str):
-        windows = token_windows(model, tokenizer, "\n\n".join(texts), count=sys.maxsize, bos=bos)
-    else:  # their template has its BOS
-        windows = [w for text in texts for w in token_windows(model, tokenizer, text, count=sys.maxsize, bos=False)]
-    return [{batches.IDS: window} for window in windows]
 
 
 def _taken(model: Any, batch: Batch, what: str) -> Batch:
@@ -333,10 +321,15 @@ class Stream:
             next(reversed(sums.values())).last = True
         with hooked(gram_sum.register for gram_sum in sums.values()):
             outputs = [output if advance else None for output in self.run()]
-        unfit = [name for name, found in sums.items() if not found.finite]
-        if unfit:
-            bad = next(index for index in range(len(self.hidden)) if self._culprit(index) is not None)
-            raise ValueError(self._blame(bad))
+        unfit = next((name for name, found in sums.items() if not found.finite), None)
+        if unfit is not None:
+            for index in range(len(self.hidden)):
+                if self._culprit(index) is not None:
+                    raise ValueError(self._blame(index))
+            raise ValueError(
+                f"block {self.position}: what {unfit} reads is so large that its squares are infinite in float32; "
+                f"check the weights and the calibration data"
+            )
         if advance:
             self.enter_next(outputs)
         return {name: found.statistics() for name, found in sums.items()}

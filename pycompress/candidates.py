@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils._pytree import tree_map
 
 from pycompress import groups
@@ -125,7 +125,7 @@ class Evaluator:
         modules = groups.blocks(model)
         given = list(orders) if orders is not None else [Order()] * len(modules)
         self.blocks = [_Block(model, index, given[index].mlp) for index in range(len(modules))]
-        with evaluation(model), torch.no_grad():
+        with evaluation(model):
             require_known_head(model, batches[0]["input_ids"][0, :8])
             stream = Stream.open(model, modules, list(batches))
         wide = in_float32(modules[0]) is not modules[0]
@@ -316,10 +316,8 @@ def _scored(batches: Sequence[Batch], share: float, seed: int) -> list[tuple[Ten
     found = []
     for batch in batches:
         ids = batch["input_ids"].cpu()
-        predicts = torch.ones(ids.shape, dtype=torch.bool)
-        predicts[:, -1] = False
-        predicts[:, :-1] = predicted(batch).cpu()
-        index = predicts.flatten().nonzero().flatten()
+        # The last position of a row predicts nothing.
+        index = pad(predicted(batch).cpu(), (0, 1)).flatten().nonzero().flatten()
         if share < 1:
             chosen = torch.randperm(len(index), generator=generator)[: math.ceil(share * len(index))]
             index = index[chosen.sort().values]

@@ -137,9 +137,7 @@ def _sparse24(
         raise ValueError(f"{name} is 2:4 with {k} columns; it takes a multiple of 8")
 
     def check(tensors: Mapping[str, Tensor]) -> None:
-        positions = tensors["positions"]
-        low, high = positions & 0b00110011, positions >> 2 & 0b00110011
-        if bool((low & 3 >= high & 3).any()) or bool((low >> 4 >= high >> 4).any()):
+        if not sparse.are_pairs(tensors["positions"]):
             raise ValueError(f"{name}.positions must be pairs of two columns of four, the lower one first")
 
     return {"weight": (FLOATS, (n, k // 2)), "positions": ((torch.uint8,), (n, k // 8))}, check
@@ -152,11 +150,10 @@ def _bitmap(
     kept = _number(name, spec, "kept", 0, min(n * k, sparse.MOST_VALUES))
 
     def check(tensors: Mapping[str, Tensor]) -> None:
-        bits = sparse.kept_entries(tensors["bitmap"])
-        offsets = sparse.tile_offsets(bits)
+        offsets = sparse.bit_offsets(tensors["bitmap"])
         if not torch.equal(tensors["offsets"].long(), offsets) or int(offsets[-1]) != kept:
             raise ValueError(f"{name} keeps {kept} values, but its bitmap has {int(offsets[-1])} bits or other offsets")
-        if bool(sparse.untiled(bits, sparse.WORD)[:, k:].any()):
+        if sparse.has_bits_beyond(tensors["bitmap"], k):
             raise ValueError(f"{name}.bitmap has bits beyond its {k} columns")
 
     return {

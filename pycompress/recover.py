@@ -336,7 +336,7 @@ def _check_model(model: PreTrainedModel, teacher: PreTrainedModel | None) -> Non
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model was made under torch.inference_mode, so it cannot train; load it outside of that")
     for each in _models(model, teacher):
-        with evaluation(each), torch.inference_mode():
+        with evaluation(each):
             require_known_head(each, torch.arange(8).clamp(max=len(embedding(each)) - 1))
     if teacher is None:
         return

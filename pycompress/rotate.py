@@ -53,8 +53,8 @@ def check_sliceable(model: nn.Module) -> None:
     check_untied(model, architecture.blocks)
     known = {*architecture.paths.values(), *architecture.head_norms}
     known |= {path for branch in architecture.branches for path in (branch.norm, branch.norm_after) if path}
+    check_free(model)
     for index, block in enumerate(blocks(model)):
-        check_free(f"{architecture.blocks}.{index}", block)
         for name, _ in block.named_parameters():
             if name.rpartition(".")[0] not in known:
                 raise ValueError(

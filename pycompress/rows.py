@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pycompress import batches
 from pycompress.measure.model import embedding, require_positions
-from pycompress.measure.windows import token_windows
+from pycompress.measure.windows import windows_of
 
 
 class Row(NamedTuple):
@@ -51,14 +50,7 @@ def source(
     entries = batches.read(dataset, "the dataset")
     if batches.is_ids(entries[0]):
         return [row for index, item in enumerate(entries) for row in _rows(item, index)]
-    if tokenizer is None:
-        raise ValueError("texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
-    texts, joined = batches.texts_of(entries, tokenizer, "the dataset"), isinstance(entries[0], str)
-    return [
-        row
-        for text in (["\n\n".join(texts)] if joined else texts)
-        for row in token_windows(model, tokenizer, text, window, count=sys.maxsize, bos=bos if joined else False)
-    ]
+    return windows_of(model, tokenizer, entries, "the dataset", window, bos)
 
 
 def _rows(item: Any, index: int) -> list[Any]:

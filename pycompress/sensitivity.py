@@ -140,8 +140,7 @@ def _run(
         raise ValueError(
             "the calibration data predicts no token, so the loss has no gradient; give rows of two or more"
         )
-    with torch.no_grad():
-        require_known_head(model, batches[0]["input_ids"][0, :8])
+    require_known_head(model, batches[0]["input_ids"][0, :8])
     with kept(model), _recomputed(blocks):
         model.requires_grad_(False)
         head = in_float32(model.get_output_embeddings())

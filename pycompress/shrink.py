@@ -114,8 +114,7 @@ class _Shrinking:
         if len(self.subnet.blocks) != len(found):
             raise ValueError(f"the subnet has {len(self.subnet.blocks)} blocks, the model {len(found)}")
         check_untied(self.model, self.architecture.blocks)
-        for block, module in enumerate(found):
-            check_free(f"{self.architecture.blocks}.{block}", module)
+        check_free(self.model)
         sizes = [geometry(self.model, block) for block in range(len(found))]
         for block in self.subnet.kept_blocks:
             try:
@@ -369,12 +368,14 @@ class _Shrinking:
         return undo
 
 
-def check_free(name: str, block: nn.Module) -> None:
-    """Refuse what a new block would lose."""
-    for path, module in block.named_modules():
-        check_own(f"{name}.{path}" if path else name, module)
-    if any(tensor.is_meta for tensor in block.state_dict().values()):
-        raise ValueError(f"{name} is on the meta device; load the model's weights before shrinking it")
+def check_free(model: nn.Module) -> None:
+    """Refuse what new blocks would lose."""
+    for index, block in enumerate(blocks(model)):
+        name = f"{architecture_of(model).blocks}.{index}"
+        for path, module in block.named_modules():
+            check_own(f"{name}.{path}" if path else name, module)
+        if any(tensor.is_meta for tensor in block.state_dict().values()):
+            raise ValueError(f"{name} is on the meta device; load the model's weights before shrinking it")
 
 
 def check_untied(model: nn.Module, path: str) -> None:

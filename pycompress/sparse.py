@@ -157,6 +157,26 @@ def tile_offsets(kept: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
+def are_pairs(positions: Tensor) -> bool:
+    """Whether each nibble is two offsets within a group, the first below the second."""
+    return all(bool(((pair & 3) < (pair >> 2 & 3)).all()) for pair in (positions, positions >> 4))
+
+
+def bit_offsets(bitmap: Tensor) -> Tensor:
+    """`tile_offsets` of a bitmap's entries, by the bits of each byte."""
+    counts = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device=bitmap.device)
+    rows = untiled(bitmap, 8)
+    return tile_offsets(counts.index_select(0, rows.flatten().int()).view(rows.shape))
+
+
+def has_bits_beyond(bitmap: Tensor, columns: int) -> bool:
+    """Whether a bit is set past the columns of a row, in its last word."""
+    used = (columns - 1) % WORD + 1
+    shifts = [min(max(used - 8 * byte, 0), 8) for byte in range(8)]
+    last = untiled(bitmap, 8)[:, -8:]
+    return used < WORD and bool((last >> torch.tensor(shifts, dtype=torch.uint8, device=bitmap.device)).any())
+
+
 def tiles(rows: int) -> int:
     """In how many tiles so many rows are stored."""
     return -(-rows // TILE)

@@ -33,8 +33,9 @@ def kept(*models: nn.Module) -> Iterator[None]:
     float32 products.
     """
     with ExitStack() as stack:
-        for restore in (*_process(), *(part for model in models for part in _model(model))):
-            stack.callback(restore)
+        stack.callback(_process())
+        for model in models:
+            stack.callback(_model(model))
         yield
 
 
@@ -121,13 +122,14 @@ def replaced_forward(module: nn.Module) -> bool:
     return replaced or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _model(model: nn.Module) -> Iterator[Callable[[], None]]:
+def _model(model: nn.Module) -> Callable[[], None]:
+    """What puts a model back as it is now."""
     modules = dict(model.named_modules())
     training = {name: module.training for name, module in modules.items()}
     attributes = {name: [m.__dict__.get(key, _ABSENT) for key in ATTRIBUTES] for name, m in modules.items()}
     known = {name: {kind: set(getattr(m, kind)) for kind in HOOKS} for name, m in modules.items()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    outputs = {key: getattr(config, key) for config in _configs(model) for key in OUTPUTS if hasattr(config, key)}
+    outputs = [{key: getattr(config, key) for key in OUTPUTS if hasattr(config, key)} for config in _configs(model)]
 
     def restore() -> None:
         for name, module in model.named_modules():
@@ -146,12 +148,12 @@ def _model(model: nn.Module) -> Iterator[Callable[[], None]]:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
-        for config in _configs(model):
-            for key, value in outputs.items():
+        for config, values in zip(_configs(model), outputs, strict=True):
+            for key, value in values.items():
                 if getattr(config, key, value) != value:
                     setattr(config, key, value)
 
-    yield restore
+    return restore
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -160,7 +162,8 @@ def _configs(model: nn.Module) -> list[Any]:
     return [] if config is None else [config, config.get_text_config(decoder=True)]
 
 
-def _process() -> Iterator[Callable[[], None]]:
+def _process() -> Callable[[], None]:
+    """What puts the process back as it is now."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     dtype, threads, precision = torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -180,7 +183,7 @@ def _process() -> Iterator[Callable[[], None]]:
             torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
 
-    yield restore
+    return restore
 
 
 def _set(module: nn.Module, key: str, value: Any) -> None:

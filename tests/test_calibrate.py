@@ -191,6 +191,17 @@ def test_activations_that_are_not_finite_are_named(config, path, named, tiny_mod
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_activations_whose_squares_are_infinite_are_named(tiny_model):
+    model = tiny_model("LlamaForCausalLM")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1e25)
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1e-25)
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1e-25)
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1e-25)
+    with pytest.raises(ValueError, match=r"block 1: what .*q_proj reads is so large that its squares are infinite"):
+        pycompress.apply(model, pycompress.Prune("wanda", sparsity=0.5), IDS, progress=False)
+
+
 def test_masks_take_the_memory_of_the_longest_row(tiny_model):
     model = tiny_model("LlamaForCausalLM", attn_implementation="eager")
     rows = [torch.randint(3, 97, (1, length)) for length in (60, 64, 20, 33)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3Config
 
 from pycompress.state import forwards, hooked, kept, neutral, replaced_forward, user_hooks
 
@@ -133,3 +134,15 @@ def test_hooks_and_forwards_of_the_user_are_told_from_others() -> None:
     linear = nn.Linear(3, 3)
     linear.compile()
     assert replaced_forward(linear)
+
+
+def test_configs_keep_what_each_says_of_outputs() -> None:
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = Gemma3Config(text_config={"vocab_size": 8, "hidden_size": 8}, vision_config=vision)
+    changed = nn.Linear(1, 1)
+    changed.config = config
+    config.return_dict, config.text_config.return_dict = False, True
+    with kept(changed):
+        config.return_dict, config.text_config.return_dict = True, False
+    assert config.return_dict is False
+    assert config.text_config.return_dict is True

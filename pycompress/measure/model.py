@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from pycompress.state import kept
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
@@ -31,19 +33,12 @@ def require_positions(model: PreTrainedModel, tokens: int, made_of: str) -> None
 
 
 @contextmanager
-def evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off for the block, and outputs by name on; each module's mode and the configs come back after."""
-    training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)  # what is no model of transformers is refused elsewhere
-    configs = [] if config is None else {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
-    tuples = [config for config in configs if not config.return_dict]
-    model.eval()
-    try:
-        for config in tuples:
-            config.return_dict = True
+def evaluation(*models: nn.Module) -> Iterator[None]:
+    """Dropout off and outputs by name for the block; models and process are as they were after it (`state.kept`)."""
+    with kept(*models):
+        for model in models:
+            model.eval()
+            config: Any = getattr(model, "config", None)  # what is no model of transformers is refused elsewhere
+            for each in () if config is None else (config, config.get_text_config(decoder=True)):
+                each.return_dict = True
         yield
-    finally:
-        for config in tuples:
-            config.return_dict = False
-        for module in training:
-            module.training = True

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pycompress.batches import joined
 from pycompress.measure.model import embedding, evaluation
 from pycompress.measure.windows import default_window, require_window, tokenise
-from pycompress.state import kept, neutral
+from pycompress.state import neutral
 
 LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32: 128 tokens of a 262k vocabulary
 
@@ -47,7 +47,7 @@ def perplexity(
     window = default_window(model, prefix) if window is None else window
     stride = _checked_stride(model, window, stride, prefix)
     total, count = 0.0, 0
-    with kept(model), neutral(), evaluation(model), torch.inference_mode():
+    with neutral(), evaluation(model), torch.inference_mode():
         require_known_head(model, ids[:8])
         for index, (context, new) in enumerate(_windows(ids, window, stride)):
             if max_windows is not None and index >= max_windows:
@@ -109,6 +109,7 @@ def last_hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
     return hidden
 
 
+@torch.no_grad()
 def require_known_head(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise `ValueError` for a model that scales or shifts its logits in a way `head_logits` does not know.
 

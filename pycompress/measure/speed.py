@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers.cache_utils import StaticLayer
 
 from pycompress.measure.memory import peak, reset_peak
 from pycompress.measure.model import embedding, evaluation, require_positions
-from pycompress.state import kept
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -92,11 +90,7 @@ def compare_speed(
             raise ValueError(f"{name} must be at least 1, got {value}")
     for model in models.values():
         require_positions(model, prompt + new_tokens, f"prompt {prompt} and {new_tokens} new tokens")
-    with ExitStack() as stack:
-        stack.enter_context(kept(*models.values()))
-        for model in models.values():
-            stack.enter_context(evaluation(model))
-        stack.enter_context(torch.inference_mode())
+    with evaluation(*models.values()), torch.inference_mode():
         runs = {name: Generation(model, batch, prompt, new_tokens, compile) for name, model in models.items()}
         for _ in range(repeats):
             for run in runs.values():

@@ -20,7 +20,7 @@ from pycompress.brief import brief
 from pycompress.checkpoint import hash_of
 from pycompress.files import folder_of
 from pycompress.measure.model import evaluation
-from pycompress.state import kept, neutral
+from pycompress.state import neutral
 
 # What ends a query of a local file, as the harness's own task of that data has it.
 QUERIES = {"piqa": "\nAnswer:", "arc_easy": "\nAnswer:", "openbook_qa": ""}
@@ -93,7 +93,7 @@ def evaluate(
         if tokenizer.pad_token_id is None:
             # The harness gives it one.
             tokenizer = copy.deepcopy(tokenizer)
-        with kept(model), neutral(), evaluation(model):
+        with neutral(), evaluation(model):
             plain = harness.ContinuationLM(model, tokenizer, batch_size, progress)
             with _remembering(plain, checkpoint) as lm:
                 found = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)

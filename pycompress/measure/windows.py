@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pycompress.batches import texts_of
 from pycompress.measure.model import embedding, positions, require_positions
 
 
@@ -62,6 +64,28 @@ def token_windows(
     count = min(count, whole)
     starts = [i * whole // count * window for i in range(count)]
     return [torch.cat([prefix, ids[start : start + window]])[None] for start in starts]
+
+
+def windows_of(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    entries: list[Any],
+    what: str,
+    window: int | None = None,
+    bos: bool | None = None,
+) -> list[Tensor]:
+    """All windows of the texts or conversations that `batches.read` gave of `what`, as `token_windows` gives them.
+
+    Texts are joined by blank lines; a conversation is a text of its own, whose template has its BOS.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{what}: texts need a tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    texts = texts_of(entries, tokenizer, what)
+    if isinstance(entries[0], str):
+        texts = ["\n\n".join(texts)]
+    else:
+        bos = False
+    return [w for text in texts for w in token_windows(model, tokenizer, text, window, count=sys.maxsize, bos=bos)]
 
 
 def default_window(model: PreTrainedModel, prefix: Tensor) -> int:

@@ -103,20 +103,13 @@ def check_permutation(indices: Tensor, name: str) -> None:
 
 
 def check_positions(positions: Tensor) -> None:
-    """Each nibble is two offsets within a group, the first below the second."""
-    for shift in (0, 4):
-        pair = positions >> shift
-        if not bool(((pair & 3) < (pair >> 2 & 3)).all()):
-            raise ValueError("positions must be pairs of two columns of four, the lower one first")
+    if not sparse.are_pairs(positions):
+        raise ValueError("positions must be pairs of two columns of four, the lower one first")
 
 
 def check_bitmap(bitmap: Tensor, offsets: Tensor, count: int, columns: int) -> None:
     """Offsets follow from the bits, which are as many as the values, none of them beyond the columns."""
-    rows = sparse.untiled(bitmap, 8)
-    bits = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device=bitmap.device)
-    kept = bits.index_select(0, rows.flatten().int()).view(rows.shape).sum(1)
-    counts = torch.nn.functional.pad(kept, (0, -len(kept) % sparse.TILE)).view(-1, sparse.TILE).sum(1)
-    expected = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    expected = sparse.bit_offsets(bitmap)
     if int(expected[-1]) != count:
         raise ValueError(f"bitmap must have a bit for each of the {count} values, got {int(expected[-1])} bits")
     if not torch.equal(offsets.long(), expected):
@@ -124,12 +117,5 @@ def check_bitmap(bitmap: Tensor, offsets: Tensor, count: int, columns: int) -> N
             f"offsets must rise from 0 to the number of values, {count}, by at most {sparse.TILE * columns} for "
             f"{sparse.TILE} rows, and be where the values of each tile start, as the bits of bitmap say"
         )
-    last, beyond = rows[:, -8:], -columns % sparse.WORD
-    if beyond and bool((last >> _shifts(columns, bitmap.device)).any()):
+    if sparse.has_bits_beyond(bitmap, columns):
         raise ValueError(f"bitmap must be zero beyond bit {columns} of a row")
-
-
-def _shifts(columns: int, device: torch.device) -> Tensor:
-    """By how much each of the last 8 bytes of a row is shifted for its bits beyond the columns to stay."""
-    used = (columns - 1) % sparse.WORD + 1
-    return torch.tensor([min(max(used - 8 * byte, 0), 8) for byte in range(8)], dtype=torch.uint8, device=device)
