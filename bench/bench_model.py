@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
-from pycompress.groups import blocks, geometry
+from pycompress.architectures.supported import blocks, geometry
 from pycompress.layers import BitmapLinear, SharedLinear, Sparse24Linear
 from pycompress.measure.speed import Generation
 from pycompress.replace import use_dense_kernel

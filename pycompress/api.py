@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pycompress import calibrate, groups
+from pycompress import calibrate
 from pycompress import recipe as recipes
 from pycompress.allocate import spread
+from pycompress.architectures import supported as groups
 from pycompress.batches import Batch
 from pycompress.calibrate import Stream
 from pycompress.checkpoint import Checkpoint, Finished, identity_of

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils._pytree import tree_map
 
-from pycompress import groups
+from pycompress.architectures import supported as groups
+from pycompress.architectures.supported import KEPT_ROTARY, Geometry
 from pycompress.batches import Batch
 from pycompress.calibrate import Stream, contiguous, float32, in_float32, predicted
-from pycompress.groups import KEPT_ROTARY, Geometry
 from pycompress.measure.model import evaluation
 from pycompress.measure.perplexity import LOGITS_AT_ONCE, head_logits, require_known_head
 from pycompress.replace import dense_weight

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from pycompress.architectures.supported import ARCHITECTURES, Branch
 from pycompress.brief import brief
 from pycompress.formats import Bitmap, SharedChannels, Sparse24, bitmap_pays
-from pycompress.groups import ARCHITECTURES, Branch
 from pycompress.intact import FLOATS, check_tensors
 from pycompress.ops.bitmap_linear import bitmap_linear
 from pycompress.ops.bitmap_linear import kernel_in_use as bitmap_kernel

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from torch import nn
 
-from pycompress.groups import blocks, linears, outside, select
+from pycompress.architectures.supported import blocks, linears, outside, select
 from pycompress.recipe import Config, Recipe
 from pycompress.replace import check_replaceable, dense_weight
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycompress.architectures.supported import Geometry, architecture_of, blocks, geometry
 from pycompress.batches import Batch
 from pycompress.calibrate import Stream, block_influence, first_tokens
 from pycompress.candidates import Encoding, Order
 from pycompress.checkpoint import Stage
 from pycompress.evolve import Reformed, evolve, narrowed
-from pycompress.groups import Geometry, architecture_of, blocks, geometry
 from pycompress.methods.importance import Elimination
 from pycompress.methods.registry import Statistics
 from pycompress.methods.structural import STRUCTURAL, Bar, Group, Member, Refit, Search, Structural, StructuralConfig

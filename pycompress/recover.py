@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from pycompress import hub
 from pycompress.checkpoint import digest_of, hash_of, identity_of
 from pycompress.files import alone, folder_of
+from pycompress.hub import quantizer as hub
 from pycompress.measure.model import embedding, evaluation
 from pycompress.measure.perplexity import require_known_head
 from pycompress.objective import Distillation, Objective

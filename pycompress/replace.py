@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pycompress import hub
 from pycompress.formats import Packed, Rounded, SharedChannels
+from pycompress.hub import quantizer as hub
 from pycompress.intact import check_tensors
 from pycompress.layers import BitmapLinear, KernelLinear, PackedLinear
 from pycompress.records import Records

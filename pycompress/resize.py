@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.groups import KEPT_ROTARY, Architecture, Geometry, shape_of
+from pycompress.architectures.supported import KEPT_ROTARY, Architecture, Geometry, shape_of
 from pycompress.layers import GainlessNorm, KeptRotary, sliced_class
 from pycompress.subnet import Kept
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pycompress import hub
-from pycompress.groups import Architecture, Branch, architecture_of, blocks
+from pycompress.architectures.supported import Architecture, Branch, architecture_of, blocks
+from pycompress.hub import quantizer as hub
 from pycompress.layers import SlicedBlock
 from pycompress.replace import dense_weight
 from pycompress.resize import slice_block

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress import hub
-from pycompress.groups import (
+from pycompress.architectures.supported import (
     KEPT_ROTARY,
     Architecture,
     Geometry,
@@ -20,6 +19,7 @@ from pycompress.groups import (
     geometry,
     rotary_channels,
 )
+from pycompress.hub import quantizer as hub
 from pycompress.layers import SlicedBlock
 from pycompress.replace import check_own
 from pycompress.resize import OwnConfig, resize, scaled_norm

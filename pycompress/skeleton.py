@@ -8,8 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from pycompress.architectures.supported import (
+    ARCHITECTURES,
+    Architecture,
+    Geometry,
+    block_geometry,
+    frequencies,
+    is_of,
+    shape_of,
+)
 from pycompress.brief import brief, listed
-from pycompress.groups import ARCHITECTURES, Architecture, Geometry, block_geometry, frequencies, is_of, shape_of
 from pycompress.resize import resize, slice_block
 
 SIZES = ("heads", "kv_heads", "width", "rotary", "mlp")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycompress.architectures.supported import architecture_of, blocks, geometry
 from pycompress.batches import Batch
 from pycompress.calibrate import Stream, first_tokens
 from pycompress.checkpoint import Stage
-from pycompress.groups import architecture_of, blocks, geometry
 from pycompress.layers import SlicedBlock
 from pycompress.methods.slicegpt import SliceGPT, principal
 from pycompress.replace import dense_weight

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pycompress import groups, hub
+from pycompress.architectures import supported as groups
 from pycompress.formats import Rounded
+from pycompress.hub import quantizer as hub
 from pycompress.layers import PackedLinear, PrunedLinear
 from pycompress.state import HOOKS
 from pycompress.storage import storage_of

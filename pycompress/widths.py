@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pycompress.allocate import spread
-from pycompress.groups import Geometry
+from pycompress.architectures.supported import Geometry
 from pycompress.methods.registry import Curve
 from pycompress.subnet import Kept
 

@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pycompress import _ext, groups
+from pycompress import _ext
+from pycompress.architectures import supported as groups
 from pycompress.formats import SharedChannels, pack_shared
 from pycompress.replace import dense_weight, replace
 from pycompress.subnet import Kept, Subnet

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import pycompress
-from pycompress import RTN, SWSC, LowRank, groups, hub
+from pycompress import RTN, SWSC, LowRank
+from pycompress.architectures import supported as groups
+from pycompress.hub import quantizer as hub
 from pycompress.layers import SharedLinear
 from pycompress.state import HOOKS
 

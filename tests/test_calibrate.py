@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pycompress
-from pycompress import groups
+from pycompress.architectures import supported as groups
 from pycompress.calibrate import Stream, block_influence, first_tokens, prepare
 from pycompress.replace import dense_weight
 from pycompress.sensitivity import loss_covariance, loss_sensitivity, weight_saliency

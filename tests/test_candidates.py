@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pycompress import groups
+from pycompress.architectures import supported as groups
 from pycompress.calibrate import prepare
 from pycompress.candidates import Encoding, Evaluator, Order, Scorer
 from pycompress.search import Evolution, search

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from pycompress import RTN, SWSC, LowRank, apply, storage
 from pycompress.allocate import spread
+from pycompress.architectures.supported import blocks
 from pycompress.calibrate import Stream, prepare
 from pycompress.demo import gemma
 from pycompress.formats import SharedChannels
-from pycompress.groups import blocks
 from pycompress.layers import SharedLinear
 from pycompress.methods import METHODS, Statistics
 from pycompress.methods.rounding import round_to, round_whole

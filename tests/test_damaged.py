@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import RTN, SWSC, Prune, hub
+from pycompress import RTN, SWSC, Prune
 from pycompress.formats import Rounded
+from pycompress.hub import quantizer as hub
 from pycompress.layers import BitmapLinear, PackedLinear, ZerosLinear
 from pycompress.replace import dense_weight, replace
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pycompress import groups
+from pycompress.architectures import supported as groups
 from pycompress.subnet import Kept
 
 

@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from pycompress import groups, hub
+from pycompress.architectures import supported as groups
 from pycompress.formats import Rounded
+from pycompress.hub import quantizer as hub
 from pycompress.layers import SharedLinear
 from pycompress.replace import dense_weight, replace
 

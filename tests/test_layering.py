@@ -11,7 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pycompress"
 
-LEAVES = {"batches", "brief", "files", "recipe", "formats", "groups", "intact", "sparse", "state", "storage", "subnet"}
+LEAVES = {
+    "architectures",
+    "batches",
+    "brief",
+    "files",
+    "recipe",
+    "formats",
+    "groups",
+    "intact",
+    "sparse",
+    "state",
+    "storage",
+    "subnet",
+}
 # A part imports from its own tier and from the tiers below it, and every part may import the leaves.
 TIERS = (
     {"_ext", "_C", "kernels"},
@@ -48,7 +61,7 @@ TIERS = (
     {"recover", "objective", "rows", "trainable", "training", "trajectory", "runs", "grid", "laws", "sweep", "demo"},
     {"cli", "__main__", "__init__"},
 )
-KNOW_HUGGING_FACE = {"groups", "replace", "hub"}
+KNOW_HUGGING_FACE = {"architectures", "replace", "hub"}
 # They run whole models: load, generate, train.
 RECOVERY = {"recover", "objective", "rows", "trainable", "training"}
 APPLICATIONS = {"measure", "cli", "demo", "sweep", "trajectory"} | RECOVERY

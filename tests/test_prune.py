@@ -10,9 +10,9 @@ import torch
 
 import pycompress
 from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, PruneNet, Random, SubnetSearch, Taylor, Wanda, prune
+from pycompress.architectures.supported import architecture_of, blocks, geometry
 from pycompress.calibrate import Stream
-from pycompress.groups import architecture_of, blocks, geometry
-from pycompress.hub import added_biases
+from pycompress.hub.quantizer import added_biases
 from pycompress.replace import dense_weight
 from pycompress.shrink import shrink
 

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import pycompress
-from pycompress import RTN, SWSC, Magnitude, groups, recover
+from pycompress import RTN, SWSC, Magnitude, recover
+from pycompress.architectures import supported as groups
 from pycompress.layers import SharedLinear
 from pycompress.objective import Distillation, Objective
 from pycompress.rows import collate, draw, source

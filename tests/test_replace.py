@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import pycompress
-from pycompress import groups, hub
+from pycompress.architectures import supported as groups
 from pycompress.formats import Rounded
+from pycompress.hub import quantizer as hub
 from pycompress.layers import KernelLinear, SharedLinear
 from pycompress.replace import Undo, dense_weight, replace, use_dense_kernel
 

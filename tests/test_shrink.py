@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pycompress import groups
+from pycompress.architectures import supported as groups
 from pycompress.shrink import plain_config, shrink
 from pycompress.subnet import Kept, Subnet
 

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from pycompress import groups, hub, skeleton
-from pycompress.groups import KEPT_ROTARY
+from pycompress import skeleton
+from pycompress.architectures import supported as groups
+from pycompress.architectures.supported import KEPT_ROTARY
+from pycompress.hub import quantizer as hub
 from pycompress.shrink import shrink
 
 DERIVED_WIDTH = {"OPTForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"}

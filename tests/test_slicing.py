@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import RTN, SWSC, SliceGPT, SubnetSearch, Wanda, hub, slicing
+from pycompress import RTN, SWSC, SliceGPT, SubnetSearch, Wanda, slicing
+from pycompress.architectures.supported import ARCHITECTURES, blocks
 from pycompress.calibrate import Stream
-from pycompress.groups import ARCHITECTURES, blocks
+from pycompress.hub import quantizer as hub
 from pycompress.layers import SharedLinear, SlicedBlock
 from pycompress.methods import slicegpt
 from pycompress.rotate import Basis, install, sliced_block

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import Magnitude, Prune, SubnetSearch, TrajectoryChannels, Wanda, groups, hub
+from pycompress import Magnitude, Prune, SubnetSearch, TrajectoryChannels, Wanda
 from pycompress import recipe as recipes
+from pycompress.architectures import supported as groups
 from pycompress.formats import Bitmap, Sparse24, pack_zeros, rebuild
+from pycompress.hub import quantizer as hub
 from pycompress.layers import BitmapLinear, Sparse24Linear, ZerosLinear
 from pycompress.methods.registry import METHODS, Statistics
 from pycompress.methods.sparsegpt import sparsegpt

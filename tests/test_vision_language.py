@@ -8,8 +8,10 @@ import transformers
 from torch import nn
 
 import pycompress
-from pycompress import RTN, Magnitude, Prune, groups, hub
+from pycompress import RTN, Magnitude, Prune
+from pycompress.architectures import supported as groups
 from pycompress.calibrate import prepare
+from pycompress.hub import quantizer as hub
 from pycompress.layers import PackedLinear
 from pycompress.sensitivity import loss_sensitivity
 from pycompress.trajectory import TrajectoryTracker

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pycompress
-from pycompress import RTN, SWSC, LowRank, Prune, SliceGPT, formats, hub
+from pycompress import RTN, SWSC, LowRank, Prune, SliceGPT, formats
+from pycompress.hub import quantizer as hub
 from pycompress.layers import PackedLinear, ZerosLinear
 from pycompress.shrink import shrink
 from pycompress.subnet import Kept, Subnet

@@ -28,10 +28,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pycompress.architectures.supported import Architecture, Geometry
 from pycompress.brief import brief, listed
 from pycompress.files import write_whole
 from pycompress.formats import Bitmap, Rounded, SharedChannels, Sparse24
-from pycompress.groups import Architecture, Geometry
 from pycompress.intact import FIELDS, check_spec
 from pycompress.layers import (
     BitmapLinear,

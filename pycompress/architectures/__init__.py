@@ -1,0 +1,1 @@
+"""What models are made of: descriptions of their classes, and the channels of their blocks."""
