@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
-from pycompress.candidates import Encoding, Evaluator, Order, Scorer
-from pycompress.search import Evolution, search
-from pycompress.shrink import shrink
+from pycompress.search.evolution import Evolution, search
+from pycompress.structural.encoding import Encoding, Order
+from pycompress.structural.evaluator import Evaluator, Scorer
+from pycompress.surgery.shrink import shrink
 
 BLOCKS, BATCHES, WINDOW = 4, 1, 512
 

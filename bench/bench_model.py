@@ -14,15 +14,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
-from pycompress.architectures.supported import blocks, geometry
-from pycompress.layers import BitmapLinear, SharedLinear, Sparse24Linear
+from pycompress.architectures.model import blocks, geometry
+from pycompress.architectures.subnet import Kept, Subnet
+from pycompress.formats.codes import BLOCK, width_of
+from pycompress.formats.zeros import POSITION_CODES, TOO_MANY, pack_bitmap
 from pycompress.measure.speed import Generation
-from pycompress.replace import use_dense_kernel
-from pycompress.shrink import shrink
-from pycompress.sparse import POSITION_CODES, TOO_MANY, pack_bitmap
-from pycompress.storage import BLOCK, width_of
-from pycompress.subnet import Kept, Subnet
-from pycompress.widths import Budget
+from pycompress.nn.linear import BitmapLinear, SharedLinear, Sparse24Linear
+from pycompress.structural.widths import Budget
+from pycompress.surgery.replace import use_dense_kernel
+from pycompress.surgery.shrink import shrink
 
 SIZES = {
     "hidden_size": 2048,

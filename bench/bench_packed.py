@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from pycompress import storage
+from pycompress.formats import codes as storage
 from pycompress.ops import shared_linear
 
 N, K, RANK = 4096, 11008, 64
@@ -64,10 +64,10 @@ def test_one_token_at_four_bits(race, cold_copies, who):
         tensors = make_shared(kind, clusters, rank, generator)
         nbytes = sum(t.nbytes for t in tensors if t is not None)
         run = lambda *tensors: shared_linear(x, *tensors, share="output")  # noqa: E731
-        exact = storage.widen(tensors[0], tensors[5]).double() @ x[0].double()
+        exact = storage.dequantize(tensors[0], tensors[5]).double() @ x[0].double()
         expected = exact[:clusters][tensors[2].long()]
         if rank:
-            expected += storage.widen(tensors[1], tensors[6]).double() @ exact[clusters:]
+            expected += storage.dequantize(tensors[1], tensors[6]).double() @ exact[clusters:]
         assert (run(*tensors)[0].double() - expected).norm() <= 1e-2 * expected.norm()
     sets = itertools.cycle([copy_of(tensors) for _ in range(cold_copies(nbytes))])
     with torch.inference_mode():

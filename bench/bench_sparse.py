@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from pycompress.formats.zeros import pack24, pack_bitmap
 from pycompress.ops import bitmap_linear, sparse24_linear, subnet_linear
-from pycompress.sparse import pack24, pack_bitmap
 
 N, K = 4096, 11008
 TOKENS = (1, 128)

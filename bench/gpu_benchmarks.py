@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pycompress import _ext, storage
-from pycompress.layers import SharedLinear
+from pycompress import _ext
+from pycompress.formats import codes as storage
+from pycompress.formats.zeros import pack24
 from pycompress.measure.speed import compare_speed
+from pycompress.nn.linear import SharedLinear
 from pycompress.ops import gram, lowrank, sparse24_linear, truncated_svd
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
 from pycompress.ops.shared_linear import shared_linear_cuda_native
-from pycompress.sparse import pack24
 
 N, K, RANK = 4096, 11008, 64
 KEEPS = (0.5, 0.2, 0.1)
@@ -135,7 +136,7 @@ def whole(factor: Tensor, channels: Tensor, share: str) -> Tensor:
 def restored(stored: list[Tensor], share: str) -> Tensor:
     weight, factor, labels, channels, *scales = stored
     weight, factor = (
-        storage.widen(t, s).double() for t, s in zip((weight, factor), scales or (None, None), strict=True)
+        storage.dequantize(t, s).double() for t, s in zip((weight, factor), scales or (None, None), strict=True)
     )
     factor = whole(factor, channels, share)
     if share == "output":

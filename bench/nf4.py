@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.formats import Rounded
+from pycompress.formats.packed import Rounded
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.recipe import Config
 

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import pycompress
 from pycompress import LayerDrop, SubnetSearch
-from pycompress.architectures.supported import blocks, linears
+from pycompress.architectures.model import blocks, linears
 from pycompress.measure import perplexity, token_windows
 from pycompress.methods.structural import StructuralConfig
 

@@ -4,6 +4,7 @@ Importing this package teaches transformers to load and save compressed models.
 """
 
 from pycompress import hub
+from pycompress._version import __version__
 from pycompress.api import apply
 from pycompress.methods import (
     FLAP,
@@ -21,11 +22,9 @@ from pycompress.methods import (
     TrajectoryChannels,
     Wanda,
 )
-from pycompress.recover import Recovery, recover
-from pycompress.replace import use_dense_kernel
+from pycompress.recovery.recover import Recovery, recover
 from pycompress.report import Report
-
-__version__ = "0.1.0"
+from pycompress.surgery.replace import use_dense_kernel
 
 __all__ = [
     "FLAP",

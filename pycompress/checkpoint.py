@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from pycompress.files import alone, encoded, folder_of, of_earlier_version, read_json, sweep_parts, write_whole
-from pycompress.formats import Packed, rebuild
-from pycompress.intact import check_tensors
+from pycompress._files import alone, encoded, folder_of, read_json, sweep_parts, write_whole
+from pycompress.architectures.subnet import Subnet
+from pycompress.formats.intact import check_tensors
+from pycompress.formats.packed import Packed, rebuild
+from pycompress.lm.identity import differing, digest_of
 from pycompress.methods.registry import Curve
 from pycompress.methods.structural import ShrinkConfig
 from pycompress.recipe import Config, Recipe
 from pycompress.report import Row
-from pycompress.search import Result
-from pycompress.subnet import Subnet
+from pycompress.search.result import Result
 
 RUN = "run.json"
-VERSION = "pycompress version"
+
+
 GRADIENTS = "gradients"
 CURVE = ("nbytes", "error", "candidate")
-# Of a config and of modules: names, ids and records that no output follows from, and what running a model changes.
-NOT_THE_FORWARD = re.compile(
-    r"_.*|architectures|.*_token_id|dtype|torch_dtype|transformers_version|name_or_path|quantization_\w+|is_quantized"
-    r"|is_loaded_in_\w+|use_cache|id2label|label2id|return_dict|output_\w+|training|gradient_checkpointing|max_seq_len_cached"
-)
+
+
 Finished = list[tuple[str, Packed | None, Row]]
 
 
@@ -131,9 +126,9 @@ class Checkpoint:
         with self._sound(stem):
             return [_finished(module, tensors) for module in description["modules"]]
 
-    def stage(self, configs: Sequence[Config]) -> Stage:
+    def stage(self, configs: Sequence[Config]) -> StageCheckpoint:
         """Where the last of these structural configs, run after the others, keeps its progress."""
-        return Stage(self, _digest(self.identity + repr(list(configs))), _digest(repr(list(configs[:-1]))))
+        return StageCheckpoint(self, _digest(self.identity + repr(list(configs))), _digest(repr(list(configs[:-1]))))
 
     def save(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """The tensors first, then the description with their hash: without the second the first does not count."""
@@ -180,7 +175,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCheckpoint:
     """Progress of one structural config: the subnet it chose, and the linears it has refitted.
 
     Configs that differ in size alone share their ranking and what refits take from the dense model; `before` stands for
@@ -266,78 +261,6 @@ def forget_recipes(path: str | Path) -> None:
         # A description goes before its tensors, so that none is left without them.
         for file in sorted(Path(path).glob(pattern)):
             file.unlink(missing_ok=True)
-
-
-def differing(file: Path, identity: Mapping[str, str]) -> list[str]:
-    """In what an identity on file is another one; a file that is not there is none.
-
-    Raises `ValueError` for a file that is damaged or of a version that wrote no hashes.
-    """
-    if not file.exists():
-        return []
-    if of_earlier_version(file):
-        raise ValueError(
-            f"{file} was written by an earlier version of pycompress; give another directory, or delete {file.parent} "
-            f"to start over"
-        )
-    known = read_json(file)
-    if VERSION in identity and VERSION not in known:
-        raise ValueError(f"{file} is damaged: it says nothing of whose it is; delete {file.parent} to start over")
-    return [name for name in {**identity, **known} if known.get(name) != identity.get(name)]
-
-
-def identity_of(model: nn.Module) -> dict[str, str]:
-    """Hashes of what a model computes, and in which versions: tensors, and all that decides what becomes of them."""
-    from pycompress import __version__  # the package imports this module
-
-    return {
-        "model": _hash_of_tensors(model),
-        "model config": _hash_of_forward(model),
-        "torch version": str(torch.__version__),
-        VERSION: __version__,
-    }
-
-
-def hash_of(model: nn.Module) -> str:
-    """A hash of every parameter and buffer of a model, and of all that decides what becomes of them."""
-    return digest_of({"model": _hash_of_tensors(model), "model config": _hash_of_forward(model)})
-
-
-def digest_of(identity: Mapping[str, str]) -> str:
-    """One hash of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_of_tensors(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device or offloaded; load the model whole")
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_of_forward(model: nn.Module) -> str:
-    """A hash of the config's fields, and of each module: the class whose forward it runs, its plain settings."""
-    config: Any = getattr(model, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    facts: list[Any] = [_deciding(fields)]
-    for name, module in model.named_modules():
-        runs = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
-        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        facts.append([name, runs.__qualname__, str(attention), _deciding(plain)])
-    text = json.dumps(facts, sort_keys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _deciding(fields: Any) -> Any:
-    """Values without those that no output follows from."""
-    if isinstance(fields, Mapping):
-        kept = {str(name): value for name, value in fields.items() if not NOT_THE_FORWARD.fullmatch(str(name))}
-        return {name: _deciding(value) for name, value in kept.items()}
-    return [_deciding(value) for value in fields] if isinstance(fields, (list, tuple)) else fields
 
 
 def _finished(module: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, Packed | None, Row]:

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pycompress.brief import brief, clipped
-from pycompress.files import finite, read_text
+from pycompress._brief import brief, clipped
+from pycompress._files import finite, read_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -134,7 +134,7 @@ def recover(
     checkpoint: Annotated[Path | None, typer.Option(help="Folder that lets a killed run go on.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Train a compressed model on, so that it makes up for what it lost, and save it with its tokenizer."""
+    """Train a compressed model on, so that it regains some of what it lost, and save it with its tokenizer."""
     with plain_errors():
         import torch
 
@@ -242,7 +242,7 @@ def speed(
     """Prefill and decode tokens a second, first-token latency and peak memory."""
     with plain_errors():
         from pycompress.measure import compare_speed
-        from pycompress.replace import use_dense_kernel
+        from pycompress.surgery.replace import use_dense_kernel
 
         networks = {str(model): _load(model, device, dtype)[0] for model in models}
         if dense_kernel:
@@ -271,8 +271,8 @@ def sweep(
     Exit code 1 where a run failed, now or before.
     """
     with plain_errors():
-        from pycompress import grid as grids
-        from pycompress.sweep import sweep as measure
+        from pycompress.laws import grid as grids
+        from pycompress.laws.sweep import sweep as measure
 
         plan = grids.load(grid)
         _make_folder(out)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pycompress.brief import brief, clipped, listed
+from pycompress._brief import brief, clipped, listed
 
 # Of a YAML file, its aliases expanded.
 MOST_BYTES = 1 << 20
 MOST_VALUES = 10_000
 LONGEST = 1000
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Matrices by name, with their weights and, of a trajectory, their importances; may be gone through again.
+Matrices = Callable[[], "Iterable[tuple[str, Tensor, Tensor | None]]"]
 
 CONFIGS: dict[str, type[Config]] = {}
 
@@ -55,6 +61,46 @@ class Config:
     def needs_calibration(self) -> bool:
         """Whether the method reads statistics of its targets' inputs."""
         return False
+
+    @property
+    def structural(self) -> bool:
+        """Whether the method makes dense matrices smaller, rather than packing them; such configs go first."""
+        return False
+
+    @property
+    def final(self) -> bool:
+        """Of a structural method: whether no other can follow it."""
+        return False
+
+    @property
+    def shared(self) -> bool:
+        """Whether one budget is allocated to all targets, by their rate-distortion curves."""
+        return False
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether errors of a shared budget count in nats of the loss, where its sensitivity was measured."""
+        return False
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether the method reads the loss's sensitivity to its targets' outputs."""
+        return False
+
+    @property
+    def staged(self) -> bool:
+        """Whether linears are calibrated on what those before them in their block give after compression, not only on
+        what the blocks before theirs give.
+        """
+        return False
+
+    def budgets(self, matrices: Matrices) -> dict[str, int] | None:
+        """Bytes of every target, from the weights alone; None where the method sets none so."""
+        return None
+
+    def kept_bytes(self, nbytes: int) -> int:
+        """Of a shared budget: how many of the targets' bytes may be kept."""
+        raise NotImplementedError(f"{self.name} shares no budget")
 
     @property
     def name(self) -> str:

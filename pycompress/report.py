@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pycompress.brief import brief
-from pycompress.files import finite
-from pycompress.search import Result
+from pycompress._brief import brief
+from pycompress._files import finite
+from pycompress.search.result import Result
 
 # The format of a linear whose block is gone.
 DROPPED = "dropped"

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pycompress.files import finite
+from pycompress._files import finite
 
 FILE = "runs.jsonl"
 QUANTITIES = ("loss", "accuracy")

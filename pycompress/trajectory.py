@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from pycompress.files import folder_of, write_whole
-from pycompress.records import STEM, facts_of, importance, opened
+from pycompress._files import folder_of, write_whole
+from pycompress.calibration.records import STEM, facts_of, importance, opened
 
 # What wrappers put before a module's name.
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
@@ -30,7 +30,7 @@ LONGEST_STEM = 120
 
 
 class TrajectoryTracker(TrainerCallback):
-    """Records weight magnitudes while a model trains, and weighs them up to an importance.
+    """Records weight magnitudes while a model trains, and sums them up to an importance.
 
     After record n, `importance()` gives for each tracked weight, of its shape and in float32,
     `Σ_{l=0..k} |w(n-l)| (n-l) / Σ_{l=0..k} (n-l)`: the weight's own unit, later records counting more.

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pycompress import _ext
-from pycompress.architectures import supported as groups
-from pycompress.formats import SharedChannels, pack_shared
-from pycompress.replace import dense_weight, replace
-from pycompress.subnet import Kept, Subnet
+from pycompress.architectures import geometry
+from pycompress.architectures import model as architectures
+from pycompress.architectures.subnet import Kept, Subnet
+from pycompress.formats.packed import SharedChannels, pack_shared
+from pycompress.nn.weights import dense_weight
+from pycompress.surgery.replace import replace
 
 COMMON = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GQA = {
@@ -137,7 +139,7 @@ VARIANTS = [
 def compress_by_hand(model: transformers.PreTrainedModel, names: list[str] | None = None) -> dict[str, ByHand]:
     """Replace the modules called `names`, by default every block linear of `model`, the variants in turn."""
     made = {}
-    for index, name in enumerate(names or [linear.name for linear in groups.linears(model)]):
+    for index, name in enumerate(names or [linear.name for linear in architectures.linears(model)]):
         made[name] = pack_by_hand(dense_weight(model.get_submodule(name)), *VARIANTS[index % len(VARIANTS)])
         replace(model, name, made[name].packed)
     return made
@@ -189,13 +191,13 @@ def draw_subnet(model: transformers.PreTrainedModel, case: str, seed: int = 0) -
     """A random subnet of the sizes of a case; rotary pairs are the same in every block that keeps as many."""
     generator = torch.Generator().manual_seed(seed)
     blocks = [
-        None if sizes is None else _draw_kept(groups.geometry(model, block), sizes, generator)
+        None if sizes is None else _draw_kept(architectures.geometry(model, block), sizes, generator)
         for block, sizes in enumerate(SHRINK_CASES[case])
     ]
     return Subnet(tuple(blocks))
 
 
-def _draw_kept(block: groups.Geometry, sizes: dict[str, int], generator: torch.Generator) -> Kept:
+def _draw_kept(block: geometry.Geometry, sizes: dict[str, int], generator: torch.Generator) -> Kept:
     def some(size: int, count: int, generator: torch.Generator = generator) -> torch.Tensor:
         return torch.randperm(size, generator=generator)[:count].sort().values
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pycompress.allocate import hull, spread
 from pycompress.methods import Curve
+from pycompress.methods.allocate import allocate, hull
 
 
 def curve(*points):
@@ -31,7 +31,7 @@ def test_hull_is_scipys_lower_convex_hull():
     assert list(ours.nbytes) == lower
 
 
-def test_spread_is_optimal_among_hull_choices_when_the_budget_is_met_exactly():
+def test_allocation_is_optimal_among_hull_choices_when_the_budget_is_met_exactly():
     curves = {
         "a": curve((10, 1.0), (20, 0.4), (40, 0.1), (80, 0.0)),
         "b": curve((10, 1.0), (30, 0.2), (80, 0.0)),
@@ -42,7 +42,7 @@ def test_spread_is_optimal_among_hull_choices_when_the_budget_is_met_exactly():
     def total(given):
         return sum(weights[n] * float(curves[n].error[curves[n].nbytes == given[n]]) for n in curves)
 
-    given = spread(curves, weights, 75)
+    given = allocate(curves, weights, 75)
     best = min(
         (
             dict(zip(curves, choice, strict=True))
@@ -57,10 +57,10 @@ def test_spread_is_optimal_among_hull_choices_when_the_budget_is_met_exactly():
 
 def test_a_heavier_matrix_gets_more_bytes():
     points = [(b, 1 / b) for b in range(10, 100, 10)]
-    given = spread({"light": curve(*points), "heavy": curve(*points)}, {"light": 1.0, "heavy": 50.0}, 110)
+    given = allocate({"light": curve(*points), "heavy": curve(*points)}, {"light": 1.0, "heavy": 50.0}, 110)
     assert given["heavy"] > given["light"]
 
 
 def test_a_budget_below_the_smallest_forms_is_refused():
     with pytest.raises(ValueError, match="raise keep"):
-        spread({"a": curve((10, 1.0), (20, 0.0))}, {"a": 1.0}, 9)
+        allocate({"a": curve((10, 1.0), (20, 0.0))}, {"a": 1.0}, 9)

@@ -11,10 +11,11 @@ from torch import nn
 
 import pycompress
 from pycompress import RTN, SWSC, LowRank
-from pycompress.architectures import supported as groups
-from pycompress.hub import quantizer as hub
-from pycompress.layers import SharedLinear
-from pycompress.state import HOOKS
+from pycompress.architectures import model as architectures
+from pycompress.calibration.stream import Stream
+from pycompress.hub import record
+from pycompress.lm.state import HOOKS
+from pycompress.nn.linear import SharedLinear
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -40,11 +41,13 @@ def test_every_architecture_is_compressed_to_its_budget(architecture, tiny_model
     model = tiny_model(architecture)
     report = pycompress.apply(model, SWSC(0.6), IDS, progress=False)
     layers = [module for module in model.modules() if isinstance(module, SharedLinear)]
-    held = sum(t.numel() * t.element_size() for block in groups.blocks(model) for t in block.state_dict().values())
+    held = sum(
+        t.numel() * t.element_size() for block in architectures.blocks(model) for t in block.state_dict().values()
+    )
     assert layers
     assert report.targets.keep <= 0.6
     assert report.decoder.after == held
-    assert len(report.rows) == len(groups.linears(model))
+    assert len(report.rows) == len(architectures.linears(model))
     assert bool(torch.isfinite(model(IDS).logits).all())
 
 
@@ -167,7 +170,7 @@ def test_an_interruption_leaves_the_model_as_it_was(tiny_model, monkeypatch):
         pycompress.apply(model, [SWSC(0.5, targets=("up", "gate")), RTN(3, targets=("q",))], IDS, progress=False)
     assert calls == [0, 1]
     assert same(before, state(model))
-    assert hub.compressed_modules(model) == {}
+    assert record.compressed_modules(model) == {}
     assert model.training
 
 
@@ -252,7 +255,7 @@ def everything(model):
         "hooks": [hook for m in model.modules() for kind in HOOKS for hook in getattr(m, kind).values()],
         "forwards": [id(module.__dict__.get("forward")) for module in model.modules()],
         "config": model.config.to_dict(),
-        "record": hub.compressed_modules(model),
+        "record": record.compressed_modules(model),
         "generators": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
         "process": (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()),
     }
@@ -266,7 +269,7 @@ class Interrupted:
 
     def __call__(self, frame, event, argument):
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith("pycompress") or name == "pycompress.state":
+        if not name.startswith("pycompress") or name == "pycompress.lm.state":
             return None
         if event == "line":
             self.seen += 1
@@ -348,7 +351,7 @@ def test_hooks_that_record_outputs_are_none_of_the_users(config, tiny_model):
 def test_a_forward_that_pruning_would_leave_stale_is_refused_before_anything_is_measured(
     config, path, tiny_model, monkeypatch
 ):
-    monkeypatch.setattr(pycompress.calibrate.Stream, "open", None)
+    monkeypatch.setattr(Stream, "open", None)
     for wrap in (torch.compile, lambda forward: lambda *args, **kwargs: forward(*args, **kwargs)):
         model = tiny_model("LlamaForCausalLM")
         module = model.get_submodule(f"model.layers.1{path}")

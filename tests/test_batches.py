@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader, TensorDataset
 
-from pycompress import batches
-from pycompress.batches import joined, read, unpadded
-from pycompress.calibrate import FEW_TOKENS, prepare
+from pycompress.calibration.batches import FEW_TOKENS, prepare
+from pycompress.lm import data as batches
+from pycompress.lm.data import joined, read, unpadded
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 import pycompress
-from pycompress.architectures import supported as groups
-from pycompress.calibrate import Stream, block_influence, first_tokens, prepare
-from pycompress.replace import dense_weight
-from pycompress.sensitivity import loss_covariance, loss_sensitivity, weight_saliency
+from pycompress.architectures import model as architectures
+from pycompress.calibration.batches import first_tokens, prepare
+from pycompress.calibration.gradients import loss_covariance, loss_sensitivity, weight_saliency
+from pycompress.calibration.stream import Stream, block_influence
+from pycompress.nn.weights import dense_weight
 
 IDS = torch.randint(3, 97, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
 def test_block_by_block_equals_the_whole_model(architecture, tiny_model):
     model = tiny_model(architecture)
-    blocks = groups.blocks(model)
+    blocks = architectures.blocks(model)
     with torch.no_grad():
         expected = model(IDS, output_hidden_states=True).hidden_states
         stream = Stream.open(model, blocks, prepare(model, IDS, None))
@@ -29,7 +30,7 @@ def test_block_by_block_equals_the_whole_model(architecture, tiny_model):
 
 def test_gram_is_the_mean_outer_product_of_the_inputs(architecture, tiny_model):
     model = tiny_model(architecture)
-    linears = [linear for linear in groups.linears(model) if linear.block == 0]
+    linears = [linear for linear in architectures.linears(model) if linear.block == 0]
     seen = {}
     for linear in linears:
         model.get_submodule(linear.name).register_forward_pre_hook(
@@ -39,7 +40,7 @@ def test_gram_is_the_mean_outer_product_of_the_inputs(architecture, tiny_model):
         model(IDS)
     handles = {linear.name: model.get_submodule(linear.name) for linear in linears}
     expected = {name: x.T @ x / len(x) for name, x in seen.items()}
-    stream = Stream.open(model, groups.blocks(model), prepare(model, IDS, None))
+    stream = Stream.open(model, architectures.blocks(model), prepare(model, IDS, None))
     found = stream.statistics(handles)
     for name in handles:
         assert found[name].tokens == IDS.numel()
@@ -48,8 +49,8 @@ def test_gram_is_the_mean_outer_product_of_the_inputs(architecture, tiny_model):
 
 def test_sensitivity_is_the_mean_squared_gradient_of_the_loss(architecture, tiny_model):
     model = tiny_model(architecture)
-    names = [linear.name for linear in groups.linears(model)]
-    found = loss_sensitivity(model, groups.blocks(model), prepare(model, IDS, None), names)
+    names = [linear.name for linear in architectures.linears(model)]
+    found = loss_sensitivity(model, architectures.blocks(model), prepare(model, IDS, None), names)
     outputs = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(
@@ -70,8 +71,8 @@ def test_first_tokens_stops_when_it_has_enough():
 
 def test_covariance_of_gradients_is_clipped(architecture, tiny_model):
     model = tiny_model(architecture)
-    names = [linear.name for linear in groups.linears(model)]
-    found = loss_covariance(model, groups.blocks(model), prepare(model, IDS, None), names)
+    names = [linear.name for linear in architectures.linears(model)]
+    found = loss_covariance(model, architectures.blocks(model), prepare(model, IDS, None), names)
     outputs = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(
@@ -91,9 +92,9 @@ def test_covariance_of_gradients_is_clipped(architecture, tiny_model):
 
 def test_saliency_is_weight_times_gradient(architecture, tiny_model):
     model = tiny_model(architecture)
-    names = [linear.name for linear in groups.linears(model)]
+    names = [linear.name for linear in architectures.linears(model)]
     weights = {name: dense_weight(model.get_submodule(name)) for name in names}
-    found = weight_saliency(model, groups.blocks(model), prepare(model, IDS, None), weights)
+    found = weight_saliency(model, architectures.blocks(model), prepare(model, IDS, None), weights)
     logits = model(IDS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
     for name in names:
@@ -112,14 +113,14 @@ def test_block_influence_is_one_minus_the_mean_cosine(tiny_model):
     seen = []
     hooks = [
         block.register_forward_hook(lambda m, a, y: seen.append((a[0][mask.bool()], y[mask.bool()])))
-        for block in groups.blocks(model)
+        for block in architectures.blocks(model)
     ]
     with torch.no_grad():
         model(**batch)
     for hook in hooks:
         hook.remove()
     expected = [1 - (x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean() for x, y in seen]
-    found = block_influence(Stream.open(model, groups.blocks(model), prepare(model, [batch], None)))
+    found = block_influence(Stream.open(model, architectures.blocks(model), prepare(model, [batch], None)))
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)
 
 
@@ -164,10 +165,11 @@ def test_padding_counts_for_nothing_in_any_method(config, side, tiny_model):
 def test_packed_documents_are_apart(architecture, tiny_model):
     """Two documents in one row, told apart by positions that begin anew, count as two rows do."""
     model = tiny_model(architecture)
-    names = [linear.name for linear in groups.linears(model)]
+    names = [linear.name for linear in architectures.linears(model)]
     packed = {"input_ids": IDS.view(-1)[:48][None], "position_ids": torch.arange(48)[None] % 24}
     found, expected = (
-        loss_sensitivity(model, groups.blocks(model), prepare(model, data, None), names) for data in ([packed], IDS[:2])
+        loss_sensitivity(model, architectures.blocks(model), prepare(model, data, None), names)
+        for data in ([packed], IDS[:2])
     )
     for name in names if architecture != "OPTForCausalLM" else ():  # whose attention knows nothing of documents
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-9)
@@ -205,7 +207,7 @@ def test_activations_whose_squares_are_infinite_are_named(tiny_model):
 def test_masks_take_the_memory_of_the_longest_row(tiny_model):
     model = tiny_model("LlamaForCausalLM", attn_implementation="eager")
     rows = [torch.randint(3, 97, (1, length)) for length in (60, 64, 20, 33)]
-    stream = Stream.open(model, groups.blocks(model), prepare(model, rows, None))
+    stream = Stream.open(model, architectures.blocks(model), prepare(model, rows, None))
     masks = [kwargs["attention_mask"] for ((_, kwargs), *_) in stream.arguments]
     assert [mask.shape[-1] for mask in masks] == [60, 64, 20, 33]
     assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1

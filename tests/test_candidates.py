@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from pycompress.architectures import supported as groups
-from pycompress.calibrate import prepare
-from pycompress.candidates import Encoding, Evaluator, Order, Scorer
-from pycompress.search import Evolution, search
-from pycompress.shrink import shrink
-from pycompress.subnet import Kept, Subnet
+from pycompress.architectures import model as architectures
+from pycompress.architectures.subnet import Kept, Subnet
+from pycompress.calibration.batches import prepare
+from pycompress.search.evolution import Evolution, search
+from pycompress.structural.encoding import Encoding, Order
+from pycompress.structural.evaluator import Evaluator, Scorer
+from pycompress.surgery.shrink import shrink
 
 
 def sample(count=3, tokens=13):
@@ -36,8 +37,8 @@ def random_subnet(model, seed=0, dropped=(), width=None):
     """Random channels, of other numbers in each block; heads of `width` channels."""
     generator = torch.Generator().manual_seed(seed)
     kept = []
-    for block in range(len(groups.blocks(model))):
-        geometry = groups.geometry(model, block)
+    for block in range(len(architectures.blocks(model))):
+        geometry = architectures.geometry(model, block)
         narrow = width or geometry.width // 2 + 2 * block
 
         def some(total, count):
@@ -59,8 +60,8 @@ def random_subnet(model, seed=0, dropped=(), width=None):
 def random_orders(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     orders = []
-    for block in range(len(groups.blocks(model))):
-        geometry = groups.geometry(model, block)
+    for block in range(len(architectures.blocks(model))):
+        geometry = architectures.geometry(model, block)
         units = len(geometry.qk_units) + (len(geometry.passed) if geometry.rotary else 0)
         rows = 1 if geometry.rotary else geometry.kv_heads
         orders.append(
@@ -161,8 +162,8 @@ def test_candidates_of_a_search_are_evaluated(tiny_model, architecture):
     evolution = Evolution(population=4, mutations=2, crossovers=1, generations=2)
     found = search(space, lambda candidates: map(scorer, candidates), evolution, progress=False)
     best = encoding.subnet(found.best)
-    total = sum(groups.geometry(model, block).parameters(Kept()) for block in range(2))
-    size = sum(groups.geometry(model, i).parameters(best.blocks[i]) for i in best.kept_blocks)
+    total = sum(architectures.geometry(model, block).parameters(Kept()) for block in range(2))
+    size = sum(architectures.geometry(model, i).parameters(best.blocks[i]) for i in best.kept_blocks)
     assert size == space.size(found.best)
     assert 0.6 * total <= size <= 0.7 * total
     shrink(model, best)
@@ -176,7 +177,7 @@ def test_nested_candidates_keep_the_first_of_each_order(tiny_model, architecture
     space = encoding.space(0.5, tolerance=0.5, round_to=(4, 8))
     subnet = encoding.subnet(space.uniform())
     for block, (kept, order) in enumerate(zip(subnet.blocks, orders, strict=True)):
-        geometry = groups.geometry(model, block)
+        geometry = architectures.geometry(model, block)
         assert set(kept.mlp.tolist()) == set(order.mlp[: len(kept.mlp)].tolist())
         for row, ranked in zip(kept.vo, order.vo, strict=True):
             assert set(row.tolist()) == set(ranked[: len(row)].tolist())
@@ -272,7 +273,7 @@ def test_a_provider_s_weights_take_the_place_of_views(tiny_model, ordered):
     generator = torch.Generator().manual_seed(5)
     asked, weights = [], {}
     for block, kept in enumerate(subnet.blocks):
-        shape = groups.geometry(model, block).shapes(kept)["down"]
+        shape = architectures.geometry(model, block).shapes(kept)["down"]
         weights[block] = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
 
     def provider(block, role, kept):

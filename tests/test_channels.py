@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pycompress.formats import pack_shared
+from pycompress.formats.packed import pack_shared
 from pycompress.methods import Statistics
-from pycompress.methods.channels import Channels, Sharing, stored_bytes
-from pycompress.methods.swsc import SWSC, Choice, build, candidates, check, choose, compress, curve, refine
+from pycompress.methods._channels import Channels, Sharing, stored_bytes
+from pycompress.methods.swsc import SWSC, FormChoice, build, candidates, check, choose, compress, curve, refine
 
 
 def problem(n, k, tokens=400, seed=0):
@@ -191,7 +191,7 @@ def test_refinement_lowers_the_error_where_clusters_and_rank_overlap(share):
     weight = torch.tensor(strong + planted + 0.05 * rng.standard_normal((n, k)), dtype=torch.float32)
     channels = Channels(weight)
     sharing = channels.cluster(share, clusters, seed=0)
-    first = Choice(sharing, r, float(channels.tail(sharing)[r]))
+    first = FormChoice(sharing, r, float(channels.tail(sharing)[r]))
     refined = refine(channels, first, seed=0)
     built = channels.error(build(channels, refined, torch.float32, SWSC()).unpack())
     assert built == pytest.approx(refined.error, rel=1e-2)

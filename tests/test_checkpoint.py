@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import RTN, SWSC, Magnitude, Prune, SliceGPT, SubnetSearch
-from pycompress.checkpoint import Checkpoint, hash_of
-from pycompress.files import LOCK, alone, read_json, write_json
+from pycompress import RTN, SWSC, Magnitude, Prune, SliceGPT, SubnetSearch, _version
+from pycompress._files import LOCK, alone, read_json, write_json
+from pycompress.checkpoint import Checkpoint
+from pycompress.lm.identity import hash_of
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -115,7 +116,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(change, what, fi
 def test_another_keep_reuses_what_was_measured_and_gives_the_same_bits(finished, tiny_model, monkeypatch):
     alone, resumed = tiny_model("LlamaForCausalLM"), tiny_model("LlamaForCausalLM")
     pycompress.apply(alone, SWSC(0.4), IDS, progress=False)
-    monkeypatch.setattr("pycompress.api.loss_sensitivity", lambda *_: pytest.fail("felt again"))
+    monkeypatch.setattr("pycompress.calibration.gradients.loss_sensitivity", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("pycompress.methods.swsc.curve", lambda *_: pytest.fail("measured again"))
     pycompress.apply(resumed, SWSC(0.4), IDS, checkpoint=finished, progress=False)
     expected, got = alone.state_dict(), resumed.state_dict()
@@ -218,7 +219,7 @@ def test_each_file_says_whose_it_is_and_its_hash(finished):
 
 
 def test_a_package_of_another_version_is_told(finished, tiny_model, monkeypatch):
-    monkeypatch.setattr(pycompress, "__version__", "9.9")
+    monkeypatch.setattr(_version, "__version__", "9.9")
     with pytest.raises(ValueError, match="is of another pycompress version; give another directory"):
         again(tiny_model("LlamaForCausalLM"), finished)
 
@@ -293,13 +294,13 @@ def flipped_digits(data):
 @pytest.mark.parametrize("kind", ["run", "gradients", "curves", "block"])
 def test_a_changed_digit_in_any_json_file_is_named(kind, finished, tiny_model):
     file = sorted(finished.glob(f"{kind}*.json"))[0]
-    sound, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
+    intact, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
     recipe = SWSC(0.4) if kind in ("gradients", "curves") else SWSC(0.5)
-    for changed in flipped_digits(sound):
+    for changed in flipped_digits(intact):
         file.write_bytes(changed)
         with pytest.raises(ValueError, match=rf"{file.name} is damaged; delete "):
             again(model, finished, recipe)
-    file.write_bytes(sound)
+    file.write_bytes(intact)
     again(model, finished, recipe)
 
 
@@ -308,12 +309,12 @@ def test_a_changed_digit_in_what_a_search_keeps_is_named(pattern, searched, tiny
     (file,) = searched.glob(pattern)
     for subnet in () if pattern.startswith("subnet") else searched.glob("subnet-*"):
         subnet.unlink()
-    sound, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
-    for changed in flipped_digits(sound):
+    intact, model = file.read_bytes(), tiny_model("LlamaForCausalLM")
+    for changed in flipped_digits(intact):
         file.write_bytes(changed)
         with pytest.raises(ValueError, match=rf"{file.name} is damaged; delete "):
             again(model, searched, SEARCH)
-    file.write_bytes(sound)
+    file.write_bytes(intact)
     again(model, searched, SEARCH)
 
 

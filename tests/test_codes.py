@@ -7,16 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from pycompress import RTN, SWSC, LowRank, apply, storage
-from pycompress.allocate import spread
-from pycompress.architectures.supported import blocks
-from pycompress.calibrate import Stream, prepare
+from pycompress import RTN, SWSC, LowRank, apply
+from pycompress.architectures.model import blocks
+from pycompress.calibration.batches import prepare
+from pycompress.calibration.stream import Stream
 from pycompress.demo import gemma
-from pycompress.formats import SharedChannels
-from pycompress.layers import SharedLinear
+from pycompress.formats import codes as storage
+from pycompress.formats.packed import SharedChannels
 from pycompress.methods import METHODS, Statistics
-from pycompress.methods.rounding import round_to, round_whole
+from pycompress.methods._gptq import quantize, round_whole
+from pycompress.methods.allocate import allocate
 from pycompress.methods.swsc import build, candidates, choose, compress, curve, problem
+from pycompress.nn.linear import SharedLinear
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,7 +159,7 @@ def test_a_matrix_that_the_loss_feels_takes_eight_bits_and_pays_for_them_elsewhe
     statistics, config = Statistics(inputs(128), 600), SWSC(storage="int4", weighting="inputs")
     curves = {name: curve(weight, statistics, config) for name, weight in weights.items()}
     budget = int(4.75 / 16 * sum(weight.nbytes for weight in weights.values()))
-    given = spread(curves, dict.fromkeys(weights, 1.0) | {"c": 1e3}, budget)
+    given = allocate(curves, dict.fromkeys(weights, 1.0) | {"c": 1e3}, budget)
     packed = {name: compress(w, statistics, config, given[name], curves[name]) for name, w in weights.items()}
     assert sum(p.nbytes for p in packed.values()) <= budget
     assert packed["c"].storage == "int8"
@@ -198,7 +200,7 @@ def test_a_layer_of_a_whole_matrix_multiplies_by_it(share, tokens):
 
 def test_a_group_is_sixteen_steps_whichever_end_its_largest_value_is_at():
     values = torch.tensor([[-8.0, *range(-7, 8)] * 4, [8.0, *range(-7, 8)] * 4])
-    assert torch.equal(storage.widen(*round_to(values, "int4", None, torch.bfloat16)), values)
+    assert torch.equal(storage.dequantize(*quantize(values, "int4", None, torch.bfloat16)), values)
 
 
 EXTREMES = {
@@ -271,7 +273,7 @@ def test_a_model_whose_new_blocks_begin_at_zero_is_coded(recipe):
 
 
 def test_a_factor_of_less_than_its_rank_is_pivoted():
-    from pycompress.formats import pack_shared
+    from pycompress.formats.packed import pack_shared
 
     u = torch.zeros(40, 3)
     u[4, 0] = u[9, 1] = 1.0

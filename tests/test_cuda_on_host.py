@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pycompress import storage
+from pycompress.formats import codes as storage
 
 triton = pytest.importorskip("triton", reason="the CUDA headers come with Triton")
 

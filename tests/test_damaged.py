@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import pycompress
 from pycompress import RTN, SWSC, Prune
-from pycompress.formats import Rounded
-from pycompress.hub import quantizer as hub
-from pycompress.layers import BitmapLinear, PackedLinear, ZerosLinear
-from pycompress.replace import dense_weight, replace
+from pycompress.formats.packed import Rounded
+from pycompress.hub import code, record
+from pycompress.hub import config as hub_config
+from pycompress.nn.linear import BitmapLinear, PackedLinear, ZerosLinear
+from pycompress.nn.weights import dense_weight
+from pycompress.surgery.replace import replace
 
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
 RECIPES = {
@@ -182,9 +184,9 @@ WRONG = [None, True, "64", 1.5, -1, 0, 2**40, 10**400, [], {}, [1], float("nan")
 def test_a_spec_of_wrong_values_is_refused_in_one_short_sentence(saved, changed, name):
     spec = next(iter(json.loads((saved / name / "config.json").read_text())["quantization_config"]["modules"].values()))
     first = lambda c: next(iter(c["modules"].values()))  # noqa: E731
-    for field, sound in spec.items():
+    for field, intact in spec.items():
         for wrong in WRONG:
-            if wrong == sound and type(wrong) is type(sound):
+            if wrong == intact and type(wrong) is type(intact):
                 continue
             folder = changed(name, config=lambda c, field=field, wrong=wrong: first(c).update({field: wrong}))
             with pytest.raises(ValueError, match=r"\w") as error:
@@ -224,7 +226,7 @@ def test_a_config_of_wrong_types_or_many_names_is_refused(changed, edit, message
 
 def test_more_modules_than_a_model_can_have_are_refused_at_once():
     with pytest.raises(ValueError, match="lists 1000000 compressed modules, allowed are 65536"):
-        hub.PycompressConfig(modules={str(number): {} for number in range(10**6)})
+        hub_config.PycompressConfig(modules={str(number): {} for number in range(10**6)})
 
 
 def test_files_that_hold_less_than_config_json_describes_are_refused(changed):
@@ -243,7 +245,7 @@ def test_a_weight_that_is_not_what_it_says_is_not_put_in_place(tiny_model, pack_
     with pytest.raises(ValueError, match="labels must be 0 to 4, got 0 to 5"):
         replace(model, name, made)
     assert type(model.get_submodule(name)) is torch.nn.Linear
-    assert not hub.compressed_modules(model)
+    assert not record.compressed_modules(model)
 
 
 @pytest.mark.parametrize("name", ["x = 1\nimport os", "LlamaForCausalLM\n", "os", "torch", "pipeline", "", 7, None])
@@ -252,7 +254,7 @@ def test_loading_code_is_written_for_model_classes_alone(saved, changed, name):
     facts = json.loads((folder / "config.json").read_text()) | {"architectures": [name]}
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="must name a model class of transformers"):
-        hub.add_loading_code(folder)
+        code.add_loading_code(folder)
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -260,7 +262,7 @@ def test_loading_code_is_written_for_model_classes_alone(saved, changed, name):
 def test_loading_code_needs_a_config_it_can_read(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="holds no model compressed by pycompress"):
-        hub.add_loading_code(tmp_path)
+        code.add_loading_code(tmp_path)
 
 
 ROUNDED = {"rows": RTN(4), "groups": RTN(4, group_size=32), "fine": RTN(8, group_size=32)}
@@ -271,18 +273,18 @@ ROUNDED = {"rows": RTN(4), "groups": RTN(4, group_size=32), "fine": RTN(8, group
 def test_a_record_of_rounding_ends_with_the_rounded_weight(tiny_model, tmp_path, recipe, class_name):
     model = tiny_model(class_name)
     pycompress.apply(model, recipe, progress=False)
-    names = list(hub.compressed_modules(model))
+    names = list(record.compressed_modules(model))
     assert len(names) > 5
     model.save_pretrained(tmp_path / "first")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     names.sort()
-    assert sorted(hub.compressed_modules(model)) == names
+    assert sorted(record.compressed_modules(model)) == names
     weights = [model.get_submodule(name).weight for name in names]
     generator = torch.Generator().manual_seed(0)
     weights[0].data += torch.randn(weights[0].shape, generator=generator)  # in place, as merging adapters does
     model.get_submodule(names[1]).weight = torch.nn.Parameter(torch.randn(weights[1].shape, generator=generator))
     model.load_state_dict({f"{names[2]}.weight": torch.randn(weights[2].shape, generator=generator)}, strict=False)
-    assert sorted(hub.compressed_modules(model)) == names[3:]
+    assert sorted(record.compressed_modules(model)) == names[3:]
     model.save_pretrained(tmp_path / "second")
     says = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]["modules"]
     assert sorted(says) == names[3:]
@@ -292,22 +294,22 @@ def test_a_record_of_rounding_ends_with_the_rounded_weight(tiny_model, tmp_path,
         )
     model.save_pretrained(tmp_path / "third")
     assert "quantization_config" not in json.loads((tmp_path / "third" / "config.json").read_text())
-    assert not hub.compressed_modules(AutoModelForCausalLM.from_pretrained(tmp_path / "third"))
+    assert not record.compressed_modules(AutoModelForCausalLM.from_pretrained(tmp_path / "third"))
 
 
 def test_a_rounded_model_in_another_dtype_is_still_rounded(tiny_model):
     model = tiny_model("LlamaForCausalLM")
     pycompress.apply(model, RTN(4), progress=False)
-    names = list(hub.compressed_modules(model))
-    assert list(hub.compressed_modules(model.to(torch.bfloat16))) == names
+    names = list(record.compressed_modules(model))
+    assert list(record.compressed_modules(model.to(torch.bfloat16))) == names
 
 
 def test_a_rounded_weight_by_hand_keeps_its_record_until_it_changes(tiny_model):
     model, name = tiny_model("LlamaForCausalLM"), "model.layers.0.self_attn.q_proj"
     replace(model, name, Rounded(dense_weight(model.get_submodule(name)), bits=3, scales=64))
-    assert hub.is_recorded(model, name)
+    assert record.is_recorded(model, name)
     model.get_submodule(name).weight.data[0, 0] += 1
-    assert not hub.is_recorded(model, name)
+    assert not record.is_recorded(model, name)
 
 
 def test_a_merged_adapter_ends_the_record_and_its_module_can_be_compressed_again(tiny_model):
@@ -316,10 +318,10 @@ def test_a_merged_adapter_ends_the_record_and_its_module_can_be_compressed_again
     pycompress.apply(model, RTN(4), progress=False)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     merged = peft.get_peft_model(model, config).merge_and_unload()
-    assert not [name for name in hub.compressed_modules(merged) if name.endswith("q_proj")]
-    assert [name for name in hub.compressed_modules(merged) if name.endswith("k_proj")]
+    assert not [name for name in record.compressed_modules(merged) if name.endswith("q_proj")]
+    assert [name for name in record.compressed_modules(merged) if name.endswith("k_proj")]
     pycompress.apply(merged, SWSC(0.5, targets=("q",), weighting="none"), progress=False)
-    assert {spec["format"] for spec in hub.compressed_modules(merged).values()} == {"rounded", "shared_channels"}
+    assert {spec["format"] for spec in record.compressed_modules(merged).values()} == {"rounded", "shared_channels"}
 
 
 def test_a_bitmap_on_disk_stays_a_bitmap(saved, tmp_path):

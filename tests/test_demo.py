@@ -7,13 +7,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pycompress.demo import Case, Settings, run
+from pycompress.demo import Case, DemoSettings, run
 from pycompress.demo import gemma as gemma_module
 from pycompress.demo.evaluate import opening
-from pycompress.demo.show import Row, plot, table
+from pycompress.demo.show import TableRow, plot, table
 from pycompress.demo.text import texts
 
-SMALL = Settings(
+SMALL = DemoSettings(
     cases=(Case(0.6),),
     window=48,
     calibration_windows=4,
@@ -92,12 +92,12 @@ def test_other_inputs_make_the_models_anew(model_folder, tmp_path, monkeypatch):
     run(tmp_path, SMALL, model=model_folder)
     monkeypatch.setattr("pycompress.apply", lambda *arguments, **options: (_ for _ in ()).throw(ValueError("asked")))
     with pytest.raises(ValueError, match="asked"):
-        run(tmp_path, Settings(**(vars(SMALL) | {"calibration_windows": 3})), model=model_folder)
+        run(tmp_path, DemoSettings(**(vars(SMALL) | {"calibration_windows": 3})), model=model_folder)
 
 
 def test_a_failed_measurement_is_an_error(model_folder, tmp_path):
     with pytest.raises(RuntimeError, match="exit code"):
-        run(tmp_path, Settings(**(vars(SMALL) | {"prompt": 1000})), model=model_folder)
+        run(tmp_path, DemoSettings(**(vars(SMALL) | {"prompt": 1000})), model=model_folder)
 
 
 def test_a_missing_model_package_names_the_extra(monkeypatch, tmp_path):
@@ -132,8 +132,8 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 
 def test_table_and_plot_hold_what_the_rows_say(tmp_path):
     rows = [
-        Row("dense", "dense", None, None, 200_000_000, 300_000_000, 12.345, 100.0, 9.87, "and so on"),
-        Row("small", "SWSC", 50_000_000, 100_000_000, 150_000_000, 250_000_000, 1e6, 200.0, 19.87, "and"),
+        TableRow("dense", "dense", None, None, 200_000_000, 300_000_000, 12.345, 100.0, 9.87, "and so on"),
+        TableRow("small", "SWSC", 50_000_000, 100_000_000, 150_000_000, 250_000_000, 1e6, 200.0, 19.87, "and"),
     ]
     lines = table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1

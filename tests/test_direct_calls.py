@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pycompress.formats.zeros import pack24, pack_bitmap
 from pycompress.ops import bitmap_linear, shared_linear, sparse24_linear, subnet_linear
-from pycompress.sparse import pack24, pack_bitmap
 
 TORCH = torch.Generator().manual_seed(0)
 N, K, RANK = 12, 16, 3

@@ -10,9 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-from pycompress.candidates import Encoding, Evaluator, Scorer
-from pycompress.executor import open_executor
-from pycompress.search import Evolution, search
+from pycompress._executor import open_executor
+from pycompress.search.evolution import Evolution, search
+from pycompress.structural.encoding import Encoding
+from pycompress.structural.evaluator import Evaluator, Scorer
 
 
 class Counting:
@@ -111,7 +112,7 @@ def test_a_search_on_ray_has_the_winner_of_one_in_process(two_workers, tiny_mode
 
 INTERRUPTED = """
     import os, signal, time
-    from pycompress.executor import open_executor
+    from pycompress._executor import open_executor
 
     def build():
         return lambda item: time.sleep(item)

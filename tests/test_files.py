@@ -9,14 +9,14 @@ import textwrap
 
 import pytest
 
-from pycompress import files
-from pycompress.files import alone, folder_of, locked, read_json, sweep_parts, write_json, write_whole
+from pycompress import _files
+from pycompress._files import alone, folder_of, locked, read_json, sweep_parts, write_json, write_whole
 
 # The module alone: pycompress takes seconds to import.
 LOADED = f"""
 import importlib.util, os, signal, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
+spec = importlib.util.spec_from_file_location("files", {_files.__file__!r})
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 folder = Path(sys.argv[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pycompress.formats import Rounded, pack_shared, rebuild
+from pycompress.formats.packed import Rounded, pack_shared, rebuild
 
 SIZES = [(63, 100, 20, 5), (100, 63, 63, 0), (128, 64, 33, 9), (64, 64, 1, 1)]
 

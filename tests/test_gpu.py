@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from pycompress.sparse import pack24, pack_bitmap, unpack24
-from pycompress.storage import RANGE, pack, scales_shape, widen
+from pycompress.formats.codes import RANGE, dequantize, pack, scales_shape
+from pycompress.formats.zeros import pack24, pack_bitmap, unpack24
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def dense(layer, share):
     weight, factor, labels, channels, _, weight_scales, factor_scales = layer
     along = 0 if share == "output" else 1
     if weight_scales is not None:
-        weight, factor = widen(weight, weight_scales), widen(factor, factor_scales)
+        weight, factor = dequantize(weight, weight_scales), dequantize(factor, factor_scales)
     rank = factor.shape[1 - along]
     weight, factor = weight.double(), factor.double()
     if channels is not None:

@@ -7,7 +7,7 @@ import yaml
 
 from pycompress import SWSC, LayerDrop, Prune, Random
 from pycompress import recipe as recipes
-from pycompress.grid import load, parse
+from pycompress.laws.grid import load, parse
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sweep.yaml"
 

@@ -5,23 +5,24 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pycompress.architectures import supported as groups
-from pycompress.subnet import Kept
+from pycompress.architectures import geometry, supported
+from pycompress.architectures import model as architectures
+from pycompress.architectures.subnet import Kept
 
 
 def test_every_architecture_has_a_tiny_model(every_architecture):
-    assert set(every_architecture) == set(groups.ARCHITECTURES)
+    assert set(every_architecture) == set(supported.ARCHITECTURES)
 
 
 def test_linears_are_all_the_matrices_of_the_blocks(tiny_model, architecture):
     model = tiny_model(architecture)
-    path = groups.architecture_of(model).blocks
+    path = architectures.architecture_of(model).blocks
     matrices = {
         name
         for name, module in model.named_modules()
         if name.startswith(path + ".") and isinstance(module, nn.Linear | Conv1D)
     }
-    named = [linear.name for linear in groups.linears(model)]
+    named = [linear.name for linear in architectures.linears(model)]
     assert len(named) == len(set(named))
     assert set(named) == matrices
 
@@ -44,14 +45,14 @@ def _record_calls(model, names, token_ids):
 
 def test_linears_come_in_order_of_execution(tiny_model, architecture, token_ids):
     model = tiny_model(architecture)
-    named = [linear.name for linear in groups.linears(model)]
+    named = [linear.name for linear in architectures.linears(model)]
     assert [name for name, _, _ in _record_calls(model, named, token_ids)] == named
 
 
 def test_linears_of_a_stage_read_one_input_and_others_do_not(tiny_model, architecture, token_ids):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
-    names = [linear.name for linear in groups.linears(model)]
+    description = architectures.architecture_of(model)
+    names = [linear.name for linear in architectures.linears(model)]
     inputs = {name: x for name, x, _ in _record_calls(model, names, token_ids)}
     of_role = {role: inputs[f"{description.blocks}.0.{description.paths[role]}"] for role in description.roles}
     for stage in description.stages:
@@ -62,7 +63,7 @@ def test_linears_of_a_stage_read_one_input_and_others_do_not(tiny_model, archite
 
 def test_norms_stand_where_the_stages_say(tiny_model, architecture, token_ids):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
+    description = architectures.architecture_of(model)
     block = f"{description.blocks}.0."
     norms = [block + norm for stage in description.stages for norm in (stage.norm_before, stage.norm_after) if norm]
     linears = [block + path for path in description.paths.values()]
@@ -77,14 +78,14 @@ def test_norms_stand_where_the_stages_say(tiny_model, architecture, token_ids):
 
 def test_named_parts_exist(tiny_model, architecture):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
+    description = architectures.architecture_of(model)
     assert model.get_submodule(description.embedding) is model.get_input_embeddings()
     assert model.get_submodule(description.head) is model.get_output_embeddings()
     model.get_submodule(description.final_norm)
-    for part in (description.position_embedding, *description.embedding_projections):
-        assert part is None or isinstance(model.get_submodule(part), nn.Linear | nn.Embedding)
+    projection = description.output_projection
+    assert projection is None or isinstance(model.get_submodule(projection), nn.Linear)
     for norm in description.head_norms:
-        groups.blocks(model)[0].get_submodule(norm)
+        architectures.blocks(model)[0].get_submodule(norm)
     fields = (description.heads, description.kv_heads, description.intermediate)
     flags = (description.parallel_residual, description.norms_first)
     assert all(hasattr(model.config, field) for field in (*fields, *flags) if field)
@@ -92,7 +93,7 @@ def test_named_parts_exist(tiny_model, architecture):
 
 def test_norm_kind_tells_what_a_zero_weight_does(tiny_model, architecture):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
+    description = architectures.architecture_of(model)
     norm = model.get_submodule(description.final_norm)
     for parameter in norm.parameters():
         nn.init.zeros_(parameter)
@@ -102,14 +103,13 @@ def test_norm_kind_tells_what_a_zero_weight_does(tiny_model, architecture):
 
 def test_coupled_sizes_agree(tiny_model, architecture):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
+    description = architectures.architecture_of(model)
     heads = getattr(model.config, description.heads)
     kv_heads = getattr(model.config, description.kv_heads) if description.kv_heads else heads
     parts = {f.role: len(f.parts) for f in description.fused}
-    columns = {unit.unit: _width(model, description, unit.readers[0], 1) for unit in description.coupled}
-    for writer in description.coupled[1].writers:
-        assert _width(model, description, writer, 0) == parts.get(writer, 1) * columns["mlp channel"]
-    head_size = columns["attention head"] // heads
+    for writer in {"gate", "up", "gate_up"} & set(description.roles):
+        assert _width(model, description, writer, 0) == parts.get(writer, 1) * _width(model, description, "down", 1)
+    head_size = _width(model, description, "o", 1) // heads
     if "qkv" in parts:
         assert _width(model, description, "qkv", 0) == (heads + 2 * kv_heads) * head_size
     else:
@@ -129,7 +129,7 @@ def _width(model, description, role, dim):
 @pytest.mark.parametrize(("class_name", "per_head"), [("GPTNeoXForCausalLM", True), ("GPT2LMHeadModel", False)])
 def test_layout_of_fused_qkv_tells_the_rows_that_values_come_from(tiny_model, token_ids, class_name, per_head):
     model = tiny_model(class_name)
-    description = groups.architecture_of(model)
+    description = architectures.architecture_of(model)
     qkv = model.get_submodule(f"{description.blocks}.0.{description.paths['qkv']}")
     o = f"{description.blocks}.0.{description.paths['o']}"
     heads = getattr(model.config, description.heads)
@@ -144,15 +144,17 @@ def test_layout_of_fused_qkv_tells_the_rows_that_values_come_from(tiny_model, to
 def test_a_subclass_has_the_architecture_of_its_parent(tiny_model):
     model = tiny_model("LlamaForCausalLM")
     model.__class__ = type("MyLlama", (type(model),), {})
-    assert groups.architecture_of(model).class_name == "LlamaForCausalLM"
+    assert architectures.architecture_of(model).class_name == "LlamaForCausalLM"
 
 
 def test_an_unknown_architecture_is_named_with_what_to_do():
     class FooForCausalLM(nn.Module):
         pass
 
-    with pytest.raises(ValueError, match=r"no architecture 'FooForCausalLM'; supported: LlamaForCausalLM.*groups\.py"):
-        groups.architecture_of(FooForCausalLM())
+    with pytest.raises(
+        ValueError, match=r"no architecture 'FooForCausalLM'; supported: LlamaForCausalLM.*supported\.py"
+    ):
+        architectures.architecture_of(FooForCausalLM())
 
 
 @pytest.mark.parametrize(
@@ -165,12 +167,12 @@ def test_an_unknown_architecture_is_named_with_what_to_do():
     ],
 )
 def test_select_takes_roles_and_patterns_in_order_of_execution(tiny_model, targets, expected):
-    assert [linear.name for linear in groups.select(tiny_model("LlamaForCausalLM"), targets)] == expected
+    assert [linear.name for linear in architectures.select(tiny_model("LlamaForCausalLM"), targets)] == expected
 
 
 def test_select_without_targets_takes_every_linear_of_the_blocks(tiny_model, architecture):
     model = tiny_model(architecture)
-    assert groups.select(model, None) == groups.linears(model)
+    assert architectures.select(model, None) == architectures.linears(model)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_select_without_targets_takes_every_linear_of_the_blocks(tiny_model, arc
 )
 def test_select_refuses_a_target_that_names_nothing(tiny_model, class_name, targets, message):
     with pytest.raises(ValueError, match=message):
-        groups.select(tiny_model(class_name), targets)
+        architectures.select(tiny_model(class_name), targets)
 
 
 # heads, kv_heads, width, rotary: by each class's own config.
@@ -202,15 +204,15 @@ SIZES = {
 
 
 def test_geometry_tells_the_sizes_of_a_block(tiny_model, architecture):
-    block = groups.geometry(tiny_model(architecture), 1)
+    block = architectures.geometry(tiny_model(architecture), 1)
     assert (block.heads, block.kv_heads, block.width, block.rotary) == SIZES[architecture]
     assert (block.mlp, block.hidden) == (96, 64)
 
 
 def test_shapes_and_parameters_of_all_that_is_kept_are_those_of_the_linears(tiny_model, architecture):
     model = tiny_model(architecture)
-    description = groups.architecture_of(model)
-    block = groups.geometry(model, 0)
+    description = architectures.architecture_of(model)
+    block = architectures.geometry(model, 0)
     shapes = {role: (_width(model, description, role, 0), _width(model, description, role, 1)) for role in block.roles}
     assert block.shapes(Kept()) == shapes
     assert block.parameters(Kept()) == sum(rows * columns for rows, columns in shapes.values())
@@ -235,11 +237,11 @@ KEPT = Kept(mlp=[1, 4], qk=[[0, 1, 8, 9]], vo=[[2, 3, 4, 15]], kv_heads=[1])
     ],
 )
 def test_rows_of_what_is_kept(tiny_model, class_name, role, rows):
-    assert groups.geometry(tiny_model(class_name), 0).rows(role, KEPT).tolist() == rows
+    assert architectures.geometry(tiny_model(class_name), 0).rows(role, KEPT).tolist() == rows
 
 
 def test_rows_of_heads_that_lie_side_by_side(tiny_model):
-    block = groups.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
+    block = architectures.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
     kept = Kept(qk=[[1, 3]], vo=[[0, 5]] * 2, kv_heads=[0, 2])
     assert block.rows("qkv", kept).tolist() == [1, 3, 17, 19, 32, 37, 97, 99, 113, 115, 128, 133]
     assert block.rows("v", kept).tolist() == [32, 37, 128, 133]
@@ -248,17 +250,17 @@ def test_rows_of_heads_that_lie_side_by_side(tiny_model):
 
 
 def test_columns_of_what_is_kept(tiny_model):
-    block = groups.geometry(tiny_model("LlamaForCausalLM"), 0)
+    block = architectures.geometry(tiny_model("LlamaForCausalLM"), 0)
     assert block.columns("o", KEPT).tolist() == [34, 35, 36, 47, 50, 51, 52, 63]
     assert block.columns("down", KEPT).tolist() == [1, 4]
 
 
 def test_units_of_a_partly_rotated_head(tiny_model):
-    block = groups.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
+    block = architectures.geometry(tiny_model("GPTNeoXForCausalLM"), 0)
     assert block.qk_units.tolist() == [[0, 2], [1, 3]]
     assert block.passed.tolist() == list(range(4, 16))
     assert [block.rotated(width) for width in (16, 14, 8, 4, 2)] == [4, 4, 2, 2, 2]
-    plain = groups.geometry(tiny_model("GPT2LMHeadModel"), 0)
+    plain = architectures.geometry(tiny_model("GPT2LMHeadModel"), 0)
     assert plain.qk_units.flatten().tolist() == list(range(16))
     assert len(plain.passed) == 0
 
@@ -278,19 +280,19 @@ def test_units_of_a_partly_rotated_head(tiny_model):
     ],
 )
 def test_mlp_widths_are_multiples_that_kernels_like(mlp, fraction, width):
-    block = groups.Geometry(4, 4, 64, 64, mlp, 64, ("q", "k", "v", "o", "up", "down"))
+    block = geometry.Geometry(4, 4, 64, 64, mlp, 64, ("q", "k", "v", "o", "up", "down"))
     assert block.mlp_width(fraction) == width
 
 
 @pytest.mark.parametrize(("width", "fraction", "kept"), [(128, 0.7, 88), (128, 0.01, 8), (24, 0.5, 12), (16, 0.99, 16)])
 def test_head_widths_are_even(width, fraction, kept):
-    block = groups.Geometry(4, 4, width, width, 256, 64, ("q", "k", "v", "o", "up", "down"))
+    block = geometry.Geometry(4, 4, width, width, 256, 64, ("q", "k", "v", "o", "up", "down"))
     assert block.head_width(fraction) == kept
     assert block.rotated(kept) == kept
 
 
 def test_rounding_refuses_what_it_cannot_do():
-    block = groups.Geometry(4, 4, 64, 64, 256, 64, ("q", "k", "v", "o", "up", "down"))
+    block = geometry.Geometry(4, 4, 64, 64, 256, 64, ("q", "k", "v", "o", "up", "down"))
     assert block.mlp_width(0.5, round_to=100) == 100
     for fraction in (0, 1.1, -1):
         with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
@@ -315,9 +317,9 @@ def test_rounding_refuses_what_it_cannot_do():
 )
 def test_geometry_refuses_what_a_block_cannot_keep(tiny_model, class_name, fields, message):
     with pytest.raises(ValueError, match=message):
-        groups.geometry(tiny_model(class_name), 0).check(Kept(**fields))
+        architectures.geometry(tiny_model(class_name), 0).check(Kept(**fields))
 
 
 def test_a_role_that_a_block_has_not_is_refused(tiny_model):
     with pytest.raises(ValueError, match="the block has no 'gate'; it has q, k, v, o, up, down"):
-        groups.geometry(tiny_model("GPT2LMHeadModel"), 0).rows("gate", Kept())
+        architectures.geometry(tiny_model("GPT2LMHeadModel"), 0).rows("gate", Kept())

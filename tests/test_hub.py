@@ -14,11 +14,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from pycompress.architectures import supported as groups
-from pycompress.formats import Rounded
-from pycompress.hub import quantizer as hub
-from pycompress.layers import SharedLinear
-from pycompress.replace import dense_weight, replace
+from pycompress import hub
+from pycompress.architectures import model as architectures
+from pycompress.formats.packed import Rounded
+from pycompress.hub import code, record
+from pycompress.hub import config as hub_config
+from pycompress.nn.linear import SharedLinear
+from pycompress.nn.weights import dense_weight
+from pycompress.surgery.replace import replace
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -150,10 +153,10 @@ def test_the_directory_holds_no_pickle(saved, architecture):
 def test_autoconfig_shows_what_is_compressed(saved, architecture):
     shown = AutoConfig.from_pretrained(saved / architecture).quantization_config
     assert shown["quant_method"] == "pycompress"
-    assert shown["format_version"] == hub.FORMAT_VERSION
+    assert shown["format_version"] == hub_config.FORMAT_VERSION
     model = AutoModelForCausalLM.from_pretrained(saved / architecture)
-    assert shown["modules"] == hub.compressed_modules(model)
-    assert set(shown["modules"]) == {linear.name for linear in groups.linears(model)}
+    assert shown["modules"] == record.compressed_modules(model)
+    assert set(shown["modules"]) == {linear.name for linear in architectures.linears(model)}
 
 
 def test_a_loaded_model_saves_again_in_shards(saved, architecture, tmp_path, token_ids):
@@ -162,7 +165,7 @@ def test_a_loaded_model_saves_again_in_shards(saved, architecture, tmp_path, tok
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(_logits(again, token_ids), _logits(model, token_ids))
-    assert hub.compressed_modules(again) == hub.compressed_modules(model)
+    assert record.compressed_modules(again) == record.compressed_modules(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -218,7 +221,7 @@ def test_the_base_model_loads_under_its_own_names(saved, architecture, token_ids
         hidden = whole(token_ids, output_hidden_states=True).hidden_states[-1]
         if architecture != "OPTForCausalLM":  # its last hidden state is projected
             assert torch.equal(base(token_ids).last_hidden_state, hidden)
-    assert all(isinstance(base.get_submodule(name), SharedLinear) for name in hub.compressed_modules(base))
+    assert all(isinstance(base.get_submodule(name), SharedLinear) for name in record.compressed_modules(base))
 
 
 def test_a_loaded_models_config_loads_it_again(saved, token_ids):
@@ -245,7 +248,7 @@ with torch.no_grad():
 def test_loading_code_replaces_the_import_for_those_who_trust_it(saved, tmp_path, monkeypatch, token_ids):
     directory = tmp_path / "model"
     shutil.copytree(saved / "LlamaForCausalLM", directory)
-    hub.add_loading_code(directory)
+    code.add_loading_code(directory)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     done = _run(WITH_CODE, directory)
     assert done.returncode == 0, done.stderr
@@ -258,7 +261,7 @@ def test_loading_code_replaces_the_import_for_those_who_trust_it(saved, tmp_path
 def test_loading_code_is_for_compressed_models_only(tiny_model, tmp_path):
     tiny_model("LlamaForCausalLM").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no model compressed by pycompress"):
-        hub.add_loading_code(tmp_path)
+        code.add_loading_code(tmp_path)
 
 
 def test_rounded_modules_are_saved_dense_and_remembered(tiny_model, tmp_path, token_ids):
@@ -269,7 +272,7 @@ def test_rounded_modules_are_saved_dense_and_remembered(tiny_model, tmp_path, to
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.get_submodule(Q)) is torch.nn.Linear
     assert torch.equal(_logits(loaded, token_ids), _logits(model, token_ids))
-    assert hub.compressed_modules(loaded) == hub.compressed_modules(model) != {}
+    assert record.compressed_modules(loaded) == record.compressed_modules(model) != {}
 
 
 def test_a_loaded_model_casts_and_trains(saved, tmp_path, token_ids):
@@ -289,13 +292,13 @@ def test_reloading_the_module_registers_again(saved, token_ids):
     importlib.reload(hub)
     model = AutoModelForCausalLM.from_pretrained(saved / "LlamaForCausalLM")
     assert torch.equal(_logits(model, token_ids), load_file(saved / "LlamaForCausalLM" / "expected")["logits"])
-    assert hub.compressed_modules(model)
+    assert record.compressed_modules(model)
 
 
 def test_a_config_cannot_compress_a_dense_model(tiny_model, tmp_path):
     tiny_model("LlamaForCausalLM").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"call pycompress\.apply\(model, recipe\)"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hub.PycompressConfig())
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hub_config.PycompressConfig())
 
 
 @pytest.fixture

@@ -7,15 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pycompress.methods.importance import (
-    column_scores,
-    damped,
-    eliminate,
-    eliminate_unread,
-    inverse,
-    phi,
-    row_scores,
-)
+from pycompress.methods._elimination import column_scores, damped, eliminate, eliminate_unread, inverse, phi, row_scores
 
 TINY = 1e-12
 
@@ -33,12 +25,12 @@ def gram(inputs):
     return inputs.T @ inputs / len(inputs)
 
 
-def refit_error(inputs, weight, kept, felt=None):
-    """Squared output error, averaged over tokens, of the best matrix over the kept inputs; `felt [N, N]` weighs it."""
+def refit_error(inputs, weight, kept, cost=None):
+    """Squared output error, averaged over tokens, of the best matrix over the kept inputs; `cost`: of output errors."""
     x, y = inputs.numpy(), (inputs @ weight.T).numpy()
     found = scipy.linalg.lstsq(x[:, kept], y)[0]
     residual = x[:, kept] @ found - y
-    return float(np.sum((residual @ (np.eye(len(weight)) if felt is None else felt.numpy())) * residual) / len(x))
+    return float(np.sum((residual @ (np.eye(len(weight)) if cost is None else cost.numpy())) * residual) / len(x))
 
 
 def test_inverse_is_damped_by_a_share_of_the_mean_diagonal(problem):
@@ -55,7 +47,7 @@ def test_a_gram_without_energy_is_refused(value):
 
 
 def test_phi_is_twice_the_error_of_removing_one_weight(problem):
-    """A row's other weights make up for it: the saliency of the optimal brain surgeon."""
+    """A row's other weights compensate for it: the saliency of the optimal brain surgeon."""
     inputs, weight = problem
     found = phi(weight, gram(inputs), TINY)
     for i, j in ((0, 0), (3, 7), (5, 11)):
@@ -86,11 +78,11 @@ def test_elimination_is_greedy_and_its_error_is_that_of_a_refit(problem):
 def test_elimination_weighs_outputs(problem, full):
     inputs, weight = problem
     factor = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    felt = factor @ factor.T if full else torch.diag(factor[0].square())
+    cost = factor @ factor.T if full else torch.diag(factor[0].square())
     units = torch.arange(12).view(1, 12, 1)
-    found = eliminate(weight, gram(inputs), units, felt if full else felt.diagonal(), damping=TINY)
+    found = eliminate(weight, gram(inputs), units, cost if full else cost.diagonal(), damping=TINY)
     for count in (9, 4):
-        expected = refit_error(inputs, weight, found.kept(count)[0].tolist(), felt)
+        expected = refit_error(inputs, weight, found.kept(count)[0].tolist(), cost)
         assert float(found.error[12 - count]) == pytest.approx(expected, rel=1e-6)
     assert found.order.tolist() != eliminate(weight, gram(inputs), units, damping=TINY).order.tolist()
 

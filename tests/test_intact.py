@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pycompress import storage
-from pycompress.formats import Rounded, SharedChannels, pack_shared, pack_zeros
-from pycompress.intact import check_tensors
+from pycompress.formats import codes as storage
+from pycompress.formats.intact import check_tensors
+from pycompress.formats.packed import Rounded, SharedChannels, pack_shared, pack_zeros
 
 GENERATOR = torch.Generator().manual_seed(0)
 

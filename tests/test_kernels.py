@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
-from pycompress.storage import GROUP, RANGE, pack, scales_shape
+from pycompress.formats.codes import GROUP, RANGE, pack, scales_shape
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

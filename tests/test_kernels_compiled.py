@@ -18,7 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from pycompress import _ext  # noqa: E402
-from pycompress.storage import scales_shape, stored_shape  # noqa: E402
+from pycompress.formats.codes import scales_shape, stored_shape  # noqa: E402
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 POINTERS = {

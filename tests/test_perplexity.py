@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pycompress.measure import perplexity, relative_output_error, token_windows
-from pycompress.measure.perplexity import _windows
+from pycompress.measure.scoring import _windows
 
 TEXT = "the quick brown fox jumps over the lazy dog, then sleeps. " * 3
 
@@ -36,7 +36,7 @@ def plain_perplexity(model, ids, bos, window):
 
 @pytest.mark.parametrize("slice_tokens", [1000, 5])
 def test_perplexity_equals_the_plain_full_forward(architecture, tiny_model, slice_tokens, monkeypatch):
-    monkeypatch.setattr(import_module("pycompress.measure.perplexity"), "LOGITS_AT_ONCE", 97 * slice_tokens)
+    monkeypatch.setattr(import_module("pycompress.measure.scoring"), "LOGITS_AT_ONCE", 97 * slice_tokens)
     model, tokenizer = tiny_model(architecture), Letters(bos_token_id=1)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert perplexity(model, tokenizer, TEXT, window=31) == pytest.approx(plain_perplexity(model, ids, 1, 31), rel=1e-4)

@@ -3,7 +3,7 @@
 import torch
 
 from pycompress import SWSC
-from pycompress.plan import plan
+from pycompress.packing.plan import plan
 
 
 def test_a_plan_lists_shapes_and_bytes_in_order_of_execution(tiny_model):

@@ -9,7 +9,7 @@ import pycompress
 from pycompress import PruneNet
 from pycompress.methods.prunenet import Policy, ks_distance, learn, reward, singular_values, threshold, train
 from pycompress.methods.structural import Group, Member
-from pycompress.replace import dense_weight
+from pycompress.nn.weights import dense_weight
 
 CHANNELS, HIDDEN, KEPT, BLOCKS = 48, 12, 24, 4
 

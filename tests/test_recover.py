@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import pycompress
 from pycompress import RTN, SWSC, Magnitude, recover
-from pycompress.architectures import supported as groups
-from pycompress.layers import SharedLinear
-from pycompress.objective import Distillation, Objective
-from pycompress.rows import collate, draw, source
+from pycompress.architectures import model as architectures
+from pycompress.nn.linear import SharedLinear
+from pycompress.recovery.objective import Distillation, Objective
+from pycompress.recovery.rows import collate, draw, source
 
 # Every id follows from the one before it.
 WINDOWS = (torch.arange(17) + torch.arange(40)[:, None]) % 90 + 3
@@ -189,7 +189,7 @@ def test_merged_adapters_give_the_logits_they_gave_unmerged(class_name, tiny_mod
     some_steps(model, 5, lora_targets=["o", "down"], lora_rank=3, callbacks=[capture])
     torch.testing.assert_close(model(input_ids=FEW).logits, capture.logits, rtol=1e-4, atol=1e-4)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {f"{linear.name}.weight" for linear in groups.select(model, ["o", "down"])}
+    assert moved == {f"{linear.name}.weight" for linear in architectures.select(model, ["o", "down"])}
     assert {type(module).__module__.split(".")[0] for module in model.modules()} <= {"torch", "transformers"}
     for name in moved:
         assert torch.linalg.matrix_rank(model.get_parameter(name).detach() - before[name], rtol=1e-3) == 3
@@ -226,7 +226,7 @@ def test_frozen_parameters_codes_and_bfloat16_arithmetic_go_together(tiny_model)
 def test_zeros_stay_zeros_and_the_rest_trains(tiny_model):
     for keep_zeros in (True, False):
         model = tiny_model("LlamaForCausalLM")
-        weights = {linear.name: model.get_submodule(linear.name).weight for linear in groups.linears(model)}
+        weights = {linear.name: model.get_submodule(linear.name).weight for linear in architectures.linears(model)}
         masks = {name: torch.rand_like(weight) < 0.5 for name, weight in weights.items()}
         with torch.no_grad():
             for name, weight in weights.items():
@@ -242,12 +242,12 @@ def test_zeros_stay_zeros_and_the_rest_trains(tiny_model):
 
 def test_gradients_of_kept_zeros_do_not_count_in_clipping(llama):
     with torch.no_grad():
-        for linear in groups.linears(llama):
+        for linear in architectures.linears(llama):
             llama.get_submodule(linear.name).weight[::2] = 0
     exact = copy.deepcopy(llama).double()
     gradients = torch.autograd.grad(loss_of(exact, FEW), [*exact.parameters()])
     gradients = dict(zip([name for name, _ in exact.named_parameters()], gradients, strict=True))
-    for linear in groups.linears(llama):
+    for linear in architectures.linears(llama):
         gradients[f"{linear.name}.weight"][::2] = 0
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     recover(llama, FEW, method="full", lr=0.1, keep_zeros=True, train=SGD | {"max_grad_norm": 0.5}, **ONE_STEP)
@@ -368,7 +368,7 @@ SCRIPT = textwrap.dedent(
     spec.loader.exec_module(tiny)
     import pycompress, peft
     from transformers import TrainerCallback
-    from pycompress.training import RecoveryTrainer
+    from pycompress.recovery.trainer import RecoveryTrainer
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -574,6 +574,6 @@ def test_teachers_that_do_not_fit_are_refused(llama, tiny_model):
 
 
 def test_a_missing_package_is_one_sentence(llama, monkeypatch):
-    monkeypatch.setattr(sys.modules["pycompress.recover"], "find_spec", lambda package: None)
+    monkeypatch.setattr(sys.modules["pycompress.recovery.recover"], "find_spec", lambda package: None)
     with pytest.raises(ImportError, match=r"recover needs accelerate: pip install pycompress\[recover\]"):
         some_steps(llama, 1)

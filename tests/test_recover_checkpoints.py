@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from pycompress import recover
-from pycompress.files import alone, read_json, write_json
-from pycompress.training import HASHES, RecoveryTrainer, checkpoints_in
+from pycompress._files import alone, read_json, write_json
+from pycompress.recovery.trainer import HASHES, RecoveryTrainer, checkpoints_in
 
 pytest.importorskip("peft", reason="recovery needs peft: pip install pycompress[recover]")
 
@@ -70,9 +70,9 @@ FILES = ["hashes.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "traine
 def test_a_changed_bit_or_a_missing_file_is_named(name, stopped, model, once):
     newest = stopped / "checkpoint-4"
     assert sorted(path.name for path in newest.iterdir()) == FILES
-    sound = (newest / name).read_bytes()
-    for place in (len(sound) // 3, len(sound) - 2):
-        changed = bytearray(sound)
+    intact = (newest / name).read_bytes()
+    for place in (len(intact) // 3, len(intact) - 2):
+        changed = bytearray(intact)
         changed[place] ^= 1
         (newest / name).write_bytes(changed)
         with pytest.raises(ValueError, match=rf"{name} is damaged; delete .*checkpoint-4 to go on from the checkpoint"):

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from pycompress import recover
-from pycompress.state import HOOKS
+from pycompress.lm.state import HOOKS
 
 pytest.importorskip("peft", reason="recovery needs peft: pip install pycompress[recover]")
 

@@ -5,10 +5,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from pycompress.calibrate import Stream
+from pycompress.calibration.stream import Stream
 from pycompress.checkpoint import Checkpoint
-from pycompress.refit import Moments, Readers, refit_reader
-from pycompress.reform import DAMPINGS
+from pycompress.structural.least_squares import DAMPINGS
+from pycompress.structural.refit import Moments, Readers, refit_reader
 
 PATHS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
 BATCHES = [{"input_ids": torch.randint(0, 96, (1, length))} for length in (40, 24, 32, 24)]

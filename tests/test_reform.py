@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pycompress.reform import compensation, held_out_dampings, reform, reform_admm
+from pycompress.structural.least_squares import compensation, held_out_dampings, reform, reform_admm
 
 TOKENS, N, K = 600, 12, 32
 KEPT = torch.tensor([0, 1, 3, 4, 7, 8, 9, 12, 13, 15, 18, 20, 21, 25, 26, 28, 29, 30, 31])

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import pycompress
-from pycompress.architectures import supported as groups
-from pycompress.formats import Rounded
-from pycompress.hub import quantizer as hub
-from pycompress.layers import KernelLinear, SharedLinear
-from pycompress.replace import Undo, dense_weight, replace, use_dense_kernel
+from pycompress.architectures import model as architectures
+from pycompress.formats.packed import Rounded
+from pycompress.hub import record
+from pycompress.nn.linear import KernelLinear, SharedLinear
+from pycompress.nn.weights import dense_weight
+from pycompress.surgery.replace import Undo, replace, use_dense_kernel
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -54,7 +55,7 @@ def test_a_replaced_module_equals_f_linear_with_the_dense_weight(
 
 def test_dense_weight_multiplies_as_the_module_does(tiny_model, architecture):
     model = tiny_model(architecture)
-    for linear in groups.linears(model)[:8]:
+    for linear in architectures.linears(model)[:8]:
         module = model.get_submodule(linear.name)
         weight = dense_weight(module)
         x = torch.randn(3, weight.shape[1])
@@ -83,13 +84,13 @@ def test_replace_keeps_dtype_bias_grad_and_mode(tiny_model, pack_by_hand):
 def test_rounded_values_stay_in_an_ordinary_linear(tiny_model):
     for class_name in ("LlamaForCausalLM", "GPT2LMHeadModel"):
         model = tiny_model(class_name)
-        name = groups.linears(model)[-1].name
+        name = architectures.linears(model)[-1].name
         module = model.get_submodule(name)
         values = dense_weight(module).mul(8).round().div(8)
         replace(model, name, Rounded(values, bits=3, scales=64))
         assert model.get_submodule(name) is module
         assert torch.equal(dense_weight(module), values)
-        assert hub.compressed_modules(model) == {
+        assert record.compressed_modules(model) == {
             name: {"format": "rounded", "bits": 3, "scales": 64, "shape": list(values.shape)}
         }
 
@@ -99,7 +100,7 @@ def test_undo_puts_the_model_back(tiny_model, compress_by_hand, tmp_path, class_
     model = tiny_model(class_name)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     undo = Undo(model)
-    rounded, *others = [linear.name for linear in groups.linears(model)]
+    rounded, *others = [linear.name for linear in architectures.linears(model)]
     for name in (rounded, *others):
         undo.note(name)
     values = torch.zeros_like(dense_weight(model.get_submodule(rounded)))
@@ -109,16 +110,16 @@ def test_undo_puts_the_model_back(tiny_model, compress_by_hand, tmp_path, class_
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is kept and torch.equal(kept, value) for name, (kept, value) in before.items())
-    assert hub.compressed_modules(model) == {}
+    assert record.compressed_modules(model) == {}
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
 
 
 def test_replace_records_each_spec_on_the_model(tiny_model, compress_by_hand):
     model = tiny_model("Qwen3ForCausalLM")
-    assert hub.compressed_modules(model) == {}
+    assert record.compressed_modules(model) == {}
     made = compress_by_hand(model)
-    assert hub.compressed_modules(model) == {name: made[name].packed.spec() for name in made}
+    assert record.compressed_modules(model) == {name: made[name].packed.spec() for name in made}
 
 
 def test_models_of_one_config_object_keep_their_own_records(tiny_model, pack_by_hand, tmp_path):
@@ -126,12 +127,12 @@ def test_models_of_one_config_object_keep_their_own_records(tiny_model, pack_by_
     second = type(first)(first.config).eval()
     weight = dense_weight(first.get_submodule(Q))
     replace(first, Q, pack_by_hand(weight, "output", 5, 7).packed)
-    assert hub.compressed_modules(second) == {}
+    assert record.compressed_modules(second) == {}
     replace(second, Q, pack_by_hand(weight, "input", 3, 2).packed)
-    assert hub.compressed_modules(first)[Q]["clusters"] == 5
+    assert record.compressed_modules(first)[Q]["clusters"] == 5
     first.save_pretrained(tmp_path)
     loaded = type(first).from_pretrained(tmp_path)
-    assert hub.compressed_modules(loaded) == hub.compressed_modules(first)
+    assert record.compressed_modules(loaded) == record.compressed_modules(first)
 
 
 def test_a_compressed_model_is_free_to_cast(tiny_model, compress_by_hand):

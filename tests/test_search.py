@@ -13,25 +13,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pycompress.search import (
-    Candidate,
-    Choice,
-    Evolution,
-    Group,
-    Result,
-    Space,
-    mutate_mask,
-    prefix,
-    ranges,
-    search,
-    shares,
-)
+from pycompress.search.evolution import Evolution, mutate_mask, search
+from pycompress.search.result import Result
+from pycompress.search.space import Candidate, Choice, Space, UnitGroup, prefix, ranges, shares
 
 
 def make_space(depth=4, least_depth=3, least=0.4, most=0.6):
     """Blocks of an attention of two pools and an MLP; the parameters are those of two units and one."""
-    attention = Group((8, 16), tuple((n, 2 * n) for n in range(2, 9)), tuple(6 * n for n in range(2, 9)))
-    mlp = Group((40,), tuple((n,) for n in range(4, 41, 4)), tuple(range(12, 121, 12)))
+    attention = UnitGroup((8, 16), tuple((n, 2 * n) for n in range(2, 9)), tuple(6 * n for n in range(2, 9)))
+    mlp = UnitGroup((40,), tuple((n,) for n in range(4, 41, 4)), tuple(range(12, 121, 12)))
     total = depth * (attention.parameters[-1] + mlp.parameters[-1])
     return Space(((attention, mlp),) * depth, least_depth, (math.ceil(least * total), math.floor(most * total)))
 
@@ -119,7 +109,7 @@ def test_preferred_units_are_the_important_ones():
 
 def test_the_optimum_of_a_separable_fitness_is_found():
     """Blocks of single sizes: what is searched are masks, and the best keep the most valuable units."""
-    group = Group((12,), ((6,), (12,)), (6, 12))
+    group = UnitGroup((12,), ((6,), (12,)), (6, 12))
     space = Space(((group,), (group,)), 2, (12, 12))
     _, evaluate = separable(space)
     found = search(space, evaluate, Evolution(generations=30, tries=20), progress=False)
@@ -131,7 +121,7 @@ def test_the_optimum_of_a_separable_fitness_is_found():
 
 def test_the_best_sizes_and_depth_are_found():
     """Nested masks: every candidate of a small space is tried, and none is better than what evolution found."""
-    group = Group((8,), ((2,), (4,), (8,)), (2, 4, 8))
+    group = UnitGroup((8,), ((2,), (4,), (8,)), (2, 4, 8))
     space = Space(((group,),) * 4, 2, (14, 18))
     fitness, evaluate = separable(space)
     choices = [(), *((prefix(group, size),) for size in range(3))]
@@ -197,8 +187,8 @@ def test_uniform_candidates_fit_closely():
 
 def test_uniform_candidates_are_in_range_where_sizes_are_coarse():
     """The nearest sizes to the share are below a narrow range: the finer group fills it."""
-    fine = Group((8,), tuple((n,) for n in range(5, 9)), tuple(6 * n for n in range(5, 9)))
-    coarse = Group((4,), tuple((n,) for n in range(2, 5)), tuple(12 * n for n in range(2, 5)))
+    fine = UnitGroup((8,), tuple((n,) for n in range(5, 9)), tuple(6 * n for n in range(5, 9)))
+    coarse = UnitGroup((4,), tuple((n,) for n in range(2, 5)), tuple(12 * n for n in range(2, 5)))
     space = Space(((fine, coarse),) * 3, 3, (224, 230))
     assert space.holds(space.uniform())
 
@@ -383,11 +373,11 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 
 def test_spaces_that_hold_nothing_are_refused():
-    group = Group((8,), ((2,), (8,)), (2, 8))
+    group = UnitGroup((8,), ((2,), (8,)), (2, 8))
     for parameters in [(20, 30), (0, 3), (9, 8)]:
         with pytest.raises(ValueError, match=r"no candidate has from"):
             Space(((group,), (group,)), 2, parameters)
     with pytest.raises(ValueError, match="fewest blocks"):
         Space(((group,),), 2, (2, 8))
     with pytest.raises(ValueError, match="keeps all"):
-        Group((8,), ((2,),), (2,))
+        UnitGroup((8,), ((2,),), (2,))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pycompress import storage
-from pycompress.layers import SharedLinear
+from pycompress.formats import codes as storage
+from pycompress.nn.linear import SharedLinear
 from pycompress.ops import kernel_in_use, shared_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

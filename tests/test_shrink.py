@@ -5,19 +5,19 @@ import copy
 import pytest
 import torch
 
-from pycompress.architectures import supported as groups
-from pycompress.shrink import plain_config, shrink
-from pycompress.subnet import Kept, Subnet
+from pycompress.architectures import model as architectures
+from pycompress.architectures.subnet import Kept, Subnet
+from pycompress.surgery.shrink import plain_config, shrink
 
 
 def zeroed(model, subnet):
     """A copy of the dense model whose removed channels are masked where they are computed, by the classes' layouts."""
     model = copy.deepcopy(model)
-    for index, (block, kept) in enumerate(zip(groups.blocks(model), subnet.blocks, strict=True)):
+    for index, (block, kept) in enumerate(zip(architectures.blocks(model), subnet.blocks, strict=True)):
         if kept is None:
             block.register_forward_hook(_skip, with_kwargs=True)
             continue
-        sizes = groups.geometry(model, index)
+        sizes = architectures.geometry(model, index)
         group = sizes.heads // sizes.kv_heads
         qk = torch.zeros(sizes.kv_heads, sizes.width)
         vo = torch.zeros(sizes.kv_heads, sizes.width)
@@ -28,7 +28,7 @@ def zeroed(model, subnet):
         mlp = torch.zeros(sizes.mlp)
         mlp[slice(None) if kept.mlp is None else kept.mlp] = 1
         q, ones = qk.repeat_interleave(group, 0), torch.ones_like(qk)
-        paths = groups.architecture_of(model).paths
+        paths = architectures.architecture_of(model).paths
         if "q" in paths:
             _mask_output(block.get_submodule(paths["q"]), q.flatten())
             _mask_output(block.get_submodule(paths["k"]), qk.flatten())
@@ -116,7 +116,7 @@ def test_each_kind_of_block_keeps_its_own_rotary_pairs(deep_model, token_ids, pl
     subnet = Subnet(tuple(Kept(qk=[low + [j + 16 for j in low]], vo=vo) for low in pairs))
     expected = _logits(zeroed(model, subnet), token_ids)
     shrink(model, subnet, plain=plain)
-    assert groups.geometry(model, 3).width == 8
+    assert architectures.geometry(model, 3).width == 8
     _assert_same(_logits(model, token_ids), expected)
 
 
@@ -133,7 +133,7 @@ def test_eager_attention_computes_the_same(deep_model, draw, architecture, token
 def test_shrinking_twice_is_shrinking_once(deep_model, architecture, token_ids, plain):
     exact = {"rms_norm_eps": 1e-12} if architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM") else {}
     model = deep_model(architecture, **exact)
-    sizes = groups.geometry(model, 0)
+    sizes = architectures.geometry(model, 0)
     low = [0, 1, 3, 4] if sizes.rotary == sizes.width else [0, 1]
     rest = [5, 6, 9, 12] if sizes.rotary != sizes.width else []
     first = low + [j + sizes.rotary // 2 for j in low] + rest if sizes.rotary else [0, 1, 3, 4, 8, 9, 11, 12]
@@ -190,11 +190,11 @@ def test_given_norms_are_taken_as_they_are_but_for_the_softmax_scale(deep_model,
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_shrinking_keeps_dtype_grad_mode_and_what_is_whole(deep_model, draw, class_name):
     model = deep_model(class_name).to(torch.bfloat16).train()
-    for parameter in groups.blocks(model)[0].parameters():
+    for parameter in architectures.blocks(model)[0].parameters():
         parameter.requires_grad_(False)
-    norm = next(m for m in groups.blocks(model)[2].modules() if "Norm" in type(m).__name__)
+    norm = next(m for m in architectures.blocks(model)[2].modules() if "Norm" in type(m).__name__)
     shrink(model, draw(model, "all"))
-    first, second, _ = groups.blocks(model)
+    first, second, _ = architectures.blocks(model)
     assert all(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in first.parameters())
@@ -205,10 +205,10 @@ def test_shrinking_keeps_dtype_grad_mode_and_what_is_whole(deep_model, draw, cla
 
 def test_matrices_that_stay_whole_are_the_same_tensors(deep_model, draw, architecture):
     model = deep_model(architecture)
-    o, down = (groups.architecture_of(model).paths[role] for role in ("o", "down"))
-    before = groups.blocks(model)
+    o, down = (architectures.architecture_of(model).paths[role] for role in ("o", "down"))
+    before = architectures.blocks(model)
     shrink(model, draw(model, "mlp"))
-    for index, (old, new) in enumerate(zip(before, groups.blocks(model), strict=True)):
+    for index, (old, new) in enumerate(zip(before, architectures.blocks(model), strict=True)):
         assert new.get_submodule(o).weight is old.get_submodule(o).weight
         assert (new.get_submodule(down).weight is old.get_submodule(down).weight) == (index == 1)
 
@@ -241,9 +241,9 @@ def test_an_error_leaves_the_model_as_it_was(deep_model, draw, token_ids, monkey
 
     model = deep_model("LlamaForCausalLM")
     before, config, expected = dict(model.named_modules()), model.config, _logits(model, token_ids)
-    for part in ("resize", "hub.record_blocks"):
+    for part in ("resize", "record_blocks"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"pycompress.shrink.{part}", fail)
+            patch.setattr(f"pycompress.surgery.shrink.{part}", fail)
             with pytest.raises(KeyboardInterrupt):
                 shrink(model, draw(model, "all"))
         after = dict(model.named_modules())

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from pycompress import skeleton
-from pycompress.architectures import supported as groups
-from pycompress.architectures.supported import KEPT_ROTARY
-from pycompress.hub import quantizer as hub
-from pycompress.shrink import shrink
+from pycompress.architectures import model as architectures
+from pycompress.architectures.model import KEPT_ROTARY
+from pycompress.hub import record, skeleton
+from pycompress.surgery.shrink import shrink
 
 DERIVED_WIDTH = {"OPTForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"}
 CASES = ["all", "depth", "alike_mlp", "alike_heads", "alike"]
@@ -80,7 +79,7 @@ def test_a_loaded_model_is_a_geometry_of_its_own(saved, deep_model, draw, archit
     subnet = draw(dense, case)
     model = AutoModelForCausalLM.from_pretrained(saved / f"{architecture}-{case}")
     for new, block in enumerate(subnet.kept_blocks):
-        assert groups.geometry(model, new) == groups.geometry(dense, block).kept(subnet.blocks[block])
+        assert architectures.geometry(model, new) == architectures.geometry(dense, block).kept(subnet.blocks[block])
 
 
 def test_the_parts_without_the_head_load_too(saved, architecture, token_ids):
@@ -143,10 +142,12 @@ def test_device_map_auto_and_disk_offload_compute_the_same(saved, token_ids, tmp
 def test_packed_modules_go_on_top(deep_model, draw, compress_by_hand, architecture, case, tmp_path, token_ids):
     model = deep_model(architecture)
     shrink(model, draw(model, case))
-    compress_by_hand(model, [linear.name for linear in groups.linears(model) if linear.role in ("o", "down", "up")])
+    compress_by_hand(
+        model, [linear.name for linear in architectures.linears(model) if linear.role in ("o", "down", "up")]
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hub.compressed_modules(loaded) == hub.compressed_modules(model) != {}
+    assert record.compressed_modules(loaded) == record.compressed_modules(model) != {}
     assert torch.equal(_logits(loaded, token_ids), _logits(model, token_ids))
 
 

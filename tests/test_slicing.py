@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import RTN, SWSC, SliceGPT, SubnetSearch, Wanda, slicing
-from pycompress.architectures.supported import ARCHITECTURES, blocks
-from pycompress.calibrate import Stream
-from pycompress.hub import quantizer as hub
-from pycompress.layers import SharedLinear, SlicedBlock
+from pycompress import RTN, SWSC, SliceGPT, SubnetSearch, Wanda
+from pycompress.architectures.model import blocks
+from pycompress.architectures.supported import ARCHITECTURES
+from pycompress.calibration.stream import Stream
+from pycompress.hub import config as hub
 from pycompress.methods import slicegpt
-from pycompress.rotate import Basis, install, sliced_block
+from pycompress.nn.blocks import SlicedBlock
+from pycompress.nn.linear import SharedLinear
+from pycompress.structural import slicing
+from pycompress.surgery.rotate import Basis, install, sliced_block
 
 IDS = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(1))
 
@@ -266,7 +269,7 @@ def test_an_error_after_slicing_undoes_it(tiny_model, monkeypatch, first):
     def fails(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("pycompress.api.replace", fails)
+    monkeypatch.setattr("pycompress.packing.packing.put", fails)
     with pytest.raises(RuntimeError, match="no"):
         pycompress.apply(model, [*first, SliceGPT(0.9), RTN(8)], IDS, progress=False)
     assert same(state(model), before)

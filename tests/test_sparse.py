@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pycompress.sparse import pack24, pack_bitmap, unpack24, unpack_bitmap
+from pycompress.formats.zeros import pack24, pack_bitmap, unpack24, unpack_bitmap
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
+from pycompress.formats.zeros import pack24, pack_bitmap
 from pycompress.ops import bitmap_linear, sparse24_linear
-from pycompress.sparse import pack24, pack_bitmap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 33, 100, 150)

@@ -1,4 +1,4 @@
-"""Prune: which weights become zero, what the others make up for, and that zeros stay zeros."""
+"""Prune: which weights become zero, what the others compensate for, and that zeros stay zeros."""
 
 import copy
 import json
@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 import pycompress
 from pycompress import Magnitude, Prune, SubnetSearch, TrajectoryChannels, Wanda
 from pycompress import recipe as recipes
-from pycompress.architectures import supported as groups
-from pycompress.formats import Bitmap, Sparse24, pack_zeros, rebuild
-from pycompress.hub import quantizer as hub
-from pycompress.layers import BitmapLinear, Sparse24Linear, ZerosLinear
+from pycompress.architectures import model as architectures
+from pycompress.formats.packed import Bitmap, Sparse24, pack_zeros, rebuild
+from pycompress.hub import record
+from pycompress.methods._sparsegpt import sparsegpt
 from pycompress.methods.registry import METHODS, Statistics
-from pycompress.methods.sparsegpt import sparsegpt
-from pycompress.replace import dense_weight
+from pycompress.nn.linear import BitmapLinear, Sparse24Linear, ZerosLinear
+from pycompress.nn.weights import dense_weight
 from pycompress.trajectory import TrajectoryTracker
 
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -228,7 +228,7 @@ KINDS = {
 def zeros_of(model):
     """Where the weights are zero, by name, from what a file would hold."""
     found = {}
-    for name, spec in hub.compressed_modules(model).items():
+    for name, spec in record.compressed_modules(model).items():
         layer = model.get_submodule(name)
         state = layer.state_dict()
         tensors = {part: state[part] for part in ("weight", "positions", "bitmap", "offsets") if part in state}
@@ -268,7 +268,7 @@ def test_a_layer_computes_what_the_masked_dense_one_does_with_its_gradients(tiny
         torch.testing.assert_close(packed.weight.double(), kept, rtol=1e-3, atol=1e-2)
     else:
         state = {key: tensor for key, tensor in packed.state_dict().items() if key != "bias"}
-        spec = hub.compressed_modules(model)[name]
+        spec = record.compressed_modules(model)[name]
         torch.testing.assert_close(rebuild(spec, state).unpack().double(), kept, rtol=1e-3, atol=1e-2)
 
 
@@ -330,7 +330,7 @@ def test_a_weight_that_training_rounds_to_zero_saves_and_loads(tiny_model, tmp_p
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.get_parameter(f"{name}.weight"), weight)
-    assert hub.compressed_modules(again)[name]["kept"] == int(weight.count_nonzero())
+    assert record.compressed_modules(again)[name]["kept"] == int(weight.count_nonzero())
 
 
 def test_state_dicts_go_from_one_pruned_model_to_another(tiny_model):
@@ -400,7 +400,9 @@ def test_a_global_share_of_zeros_is_one_budget_over_all_targets(tiny_model, scor
     model = tiny_model("LlamaForCausalLM")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e-3)
-    dense = {linear.name: dense_weight(model.get_submodule(linear.name)).clone() for linear in groups.linears(model)}
+    dense = {
+        linear.name: dense_weight(model.get_submodule(linear.name)).clone() for linear in architectures.linears(model)
+    }
     pycompress.apply(model, Prune(score, sparsity=0.5, scope="global"), IDS, progress=False)
     zeros = zeros_of(model)
     total = sum(mask.numel() for mask in zeros.values())
@@ -417,7 +419,9 @@ def test_a_global_share_of_zeros_is_one_budget_over_all_targets(tiny_model, scor
 
 def test_a_global_rate_is_one_threshold_over_all_targets(tiny_model):
     model = tiny_model("LlamaForCausalLM")
-    dense = {linear.name: dense_weight(model.get_submodule(linear.name)).clone() for linear in groups.linears(model)}
+    dense = {
+        linear.name: dense_weight(model.get_submodule(linear.name)).clone() for linear in architectures.linears(model)
+    }
     pycompress.apply(model, Prune("magnitude", rate=0.8, scope="global"), progress=False)
     every = torch.cat([weight.double().abs().flatten() for weight in dense.values()])
     for name, mask in zeros_of(model).items():
@@ -444,7 +448,9 @@ def test_importance_along_training_decides_which_weights_go(followed, scope):
     model, tracker, folder = followed
     importance = tracker.importance()
     recipe = Prune("trajectory", rate=1.0, scope=scope, trajectory=folder)
-    weights = {linear.name: model.get_submodule(linear.name).weight.detach().T for linear in groups.linears(model)}
+    weights = {
+        linear.name: model.get_submodule(linear.name).weight.detach().T for linear in architectures.linears(model)
+    }
     weights = {name: weight.double().clone() for name, weight in weights.items()}
     every = torch.cat([weight.abs().flatten() for weight in weights.values()])
     pycompress.apply(model, recipe, progress=False)
@@ -532,7 +538,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tiny_model, tmp_path, monkeypatch
     monkeypatch.setitem(METHODS, Prune, replace(METHODS[Prune], compress=killed))
     with pytest.raises(KeyboardInterrupt):
         pycompress.apply(model, recipe, IDS, checkpoint=tmp_path, progress=False)
-    assert not hub.compressed_modules(model)
+    assert not record.compressed_modules(model)
     monkeypatch.setitem(METHODS, Prune, replace(METHODS[Prune], compress=real))
     pycompress.apply(model, recipe, IDS, checkpoint=tmp_path, progress=False)
     found = model.state_dict()

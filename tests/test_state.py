@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Gemma3Config
 
-from pycompress.state import forwards, hooked, kept, neutral, replaced_forward, user_hooks
+from pycompress.lm.state import forwards, hooked, kept, neutral, replaced_forward, user_hooks
 
 
 @pytest.fixture(autouse=True)

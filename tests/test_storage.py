@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pycompress import storage
-from pycompress.methods.rounding import round_shared, round_to
+from pycompress.formats import codes as storage
+from pycompress.methods._gptq import quantize, round_shared
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("int8", -127, 127), ("int4", -8, 7)])
@@ -33,7 +33,7 @@ def test_values_are_codes_times_their_scales(kind, n):
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(-8, 8, (4, n), generator=generator).to(torch.int8)
     scales = torch.rand(storage.scales_shape(4, n, kind), generator=generator)
-    wide = storage.widen(storage.pack(codes, kind), scales)
+    wide = storage.dequantize(storage.pack(codes, kind), scales)
     group = n if kind == "int8" else 64
     expected = np.array([[codes[i, j] * scales[i, j // group] for j in range(n)] for i in range(4)]).reshape(4, n)
     np.testing.assert_allclose(wide.numpy(), expected, rtol=1e-6)
@@ -58,43 +58,43 @@ def test_rounding_in_a_metric_beats_rounding_to_nearest_in_it(kind):
     metric = correlated(160)
 
     def error(codes, scales):
-        difference = (storage.widen(codes, scales) - values).double()
+        difference = (storage.dequantize(codes, scales) - values).double()
         return float((difference @ metric.double() * difference).sum())
 
-    assert error(*round_to(values, kind, metric, torch.float32)) < 0.6 * error(
-        *round_to(values, kind, None, torch.float32)
+    assert error(*quantize(values, kind, metric, torch.float32)) < 0.6 * error(
+        *quantize(values, kind, None, torch.float32)
     )
 
 
 def test_rounding_to_nearest_is_off_by_at_most_half_a_step():
     values = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    wide = storage.widen(*round_to(values, "int8", None, torch.float32))
+    wide = storage.dequantize(*quantize(values, "int8", None, torch.float32))
     assert bool(((wide - values).abs() <= values.abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all())
 
 
 def test_zero_rows_stay_zero():
     values = torch.zeros(4, 64)
     for kind in ("int8", "int4"):
-        assert not bool(storage.widen(*round_to(values, kind, torch.eye(64), torch.bfloat16)).any())
+        assert not bool(storage.dequantize(*quantize(values, kind, torch.eye(64), torch.bfloat16)).any())
 
 
 @pytest.mark.parametrize("pivot", [False, True])
 @pytest.mark.parametrize("share", ["output", "input"])
 def test_the_second_part_is_fitted_to_the_rounded_first(share, pivot):
     """int8 leaves the fit nearly alone, so what is stored is the least-squares solution for the rounded first part."""
-    from pycompress.methods.channels import Channels
-    from pycompress.methods.swsc import SWSC, Choice, build
+    from pycompress.methods._channels import Channels
+    from pycompress.methods.swsc import SWSC, FormChoice, build
 
     generator = torch.Generator().manual_seed(0)
     weight, metric = torch.randn(48, 64, generator=generator), correlated(64)
     channels = Channels(weight, metric)
-    choice = Choice(channels.cluster(share, 5, seed=0), 20, 0.0)
+    choice = FormChoice(channels.cluster(share, 5, seed=0), 20, 0.0)
     loose = build(channels, choice, torch.float32, SWSC(pivot=pivot))
     packed = round_shared(loose, channels.weight, channels.metric, "int8", torch.float32)
     root = np.linalg.cholesky(channels.metric.double().numpy())
     target = weight.double().numpy() @ root
     if share == "output":
-        wide = storage.widen(packed.weight, packed.weight_scales).double().numpy()
+        wide = storage.dequantize(packed.weight, packed.weight_scales).double().numpy()
         member = np.eye(5)[packed.labels.long().numpy()]
         basis, left = wide[5:] @ root, target - member @ wide[:5] @ root
     else:
@@ -106,6 +106,6 @@ def test_the_second_part_is_fitted_to_the_rounded_first(share, pivot):
         free = packed.channels[20:].long().numpy() if pivot else np.arange(48)
         stored, solved = stored[free], solved[free]
     else:
-        stored = storage.widen(packed.weight, packed.weight_scales).numpy()
+        stored = storage.dequantize(packed.weight, packed.weight_scales).numpy()
     # Rounding moves along directions that the metric hardly sees: compare what the two do to the outputs.
     np.testing.assert_allclose(stored @ basis, solved @ basis, atol=0.05 * np.abs(solved @ basis).max())

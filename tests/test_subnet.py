@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pycompress.subnet import Kept, Subnet
+from pycompress.architectures.subnet import Kept, Subnet
 
 
 def test_indices_are_int64_copies_on_the_cpu():
@@ -33,8 +33,8 @@ def test_other_indices_are_another_subnet(other):
 
 
 def test_a_whole_subnet_keeps_everything():
-    assert all(kept.everything for kept in Subnet.whole(3).blocks)
-    assert not Kept(kv_heads=[0]).everything
+    assert all(kept == Kept() for kept in Subnet.whole(3).blocks)
+    assert Kept(kv_heads=[0]) != Kept()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
-from pycompress.layers import KernelLinear
+from pycompress.nn.linear import KernelLinear
 from pycompress.ops import subnet_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,14 +15,14 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import pycompress
-from pycompress import sweep as sweeping
-from pycompress.files import alone
-from pycompress.grid import Spec, load
+from pycompress._files import alone
+from pycompress.laws import sweep as sweeping
+from pycompress.laws.grid import RunSpec, load
+from pycompress.laws.sweep import sweep, time_left
 from pycompress.measure import perplexity, tasks, token_windows
-from pycompress.recover import recover
+from pycompress.recovery.recover import recover
 from pycompress.runs import FILE, Run
 from pycompress.runs import load as load_runs
-from pycompress.sweep import sweep, time_left
 
 TEXT = "A compressed model must say what it lost. " * 12
 GRID = {
@@ -40,7 +40,7 @@ from types import SimpleNamespace
 
 import torch
 
-from pycompress import sweep as sweeping
+from pycompress.laws import sweep as sweeping
 
 
 def recover(model, text, *, tokens, method, lr, tokenizer, window, batch_size, seed, output_dir, progress):
@@ -149,8 +149,9 @@ def test_a_sweep_in_one_go_does_everything_once(place, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from pycompress import runs, sweep
-from pycompress.grid import load
+from pycompress import runs
+from pycompress.laws import sweep
+from pycompress.laws.grid import load
 
 append, count = runs.append, 0
 
@@ -304,7 +305,7 @@ def test_the_bar_says_what_runs_and_the_loss_last_seen(place, capsys):
 
 def test_time_left_is_that_of_the_runs_most_alike():
     def spec(key, method, tokens):
-        return Spec(key, "m", method, [], 0.5, tokens, 0, {})
+        return RunSpec(key, "m", method, [], 0.5, tokens, 0, {})
 
     def run(key, method, tokens, seconds):
         return Run(key, "m", method, [], 0.5, tokens, 0, seconds={"compress": seconds / 2, "recover": seconds / 2})

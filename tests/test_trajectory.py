@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from pycompress.records import Records
+from pycompress.calibration.records import Records
 from pycompress.trajectory import TrajectoryTracker
 
 

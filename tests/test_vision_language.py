@@ -9,11 +9,11 @@ from torch import nn
 
 import pycompress
 from pycompress import RTN, Magnitude, Prune
-from pycompress.architectures import supported as groups
-from pycompress.calibrate import prepare
-from pycompress.hub import quantizer as hub
-from pycompress.layers import PackedLinear
-from pycompress.sensitivity import loss_sensitivity
+from pycompress.architectures import model as architectures
+from pycompress.calibration.batches import prepare
+from pycompress.calibration.gradients import loss_sensitivity
+from pycompress.hub import record
+from pycompress.nn.linear import PackedLinear
 from pycompress.trajectory import TrajectoryTracker
 
 IMAGE = 96
@@ -97,9 +97,9 @@ def zeros(model):
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, PackedLinear)):
-            values = module.weight.count_nonzero() if name not in hub.compressed_modules(model) else None
+            values = module.weight.count_nonzero() if name not in record.compressed_modules(model) else None
             shape = (module.out_features, module.in_features)
-            kept = hub.compressed_modules(model)[name]["kept"] if values is None else int(values)
+            kept = record.compressed_modules(model)[name]["kept"] if values is None else int(values)
             found[name] = 1 - kept / (shape[0] * shape[1])
     return found
 
@@ -133,13 +133,15 @@ def test_targets_name_the_language_model_the_vision_tower_or_both(trained, tmp_p
 def test_without_targets_the_decoder_blocks_are_meant(trained):
     model, batches, _ = trained
     pycompress.apply(model, Prune("wanda", sparsity=0.5), batches, progress=False)
-    assert {name for name, share in zeros(model).items() if share > 0.1} == {row.name for row in groups.linears(model)}
+    assert {name for name, share in zeros(model).items() if share > 0.1} == {
+        row.name for row in architectures.linears(model)
+    }
 
 
 def test_the_tower_is_calibrated_on_the_images(trained):
     """Wanda's mask of one linear, from inputs that a plain forward pass shows."""
     model, batches, _ = trained
-    name = next(linear.name for linear in groups.outside(model) if linear.name.endswith("fc1"))
+    name = next(linear.name for linear in architectures.outside(model) if linear.name.endswith("fc1"))
     linear, seen = model.get_submodule(name), []
     handle = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].detach().double()))
     for batch in batches:
@@ -158,9 +160,9 @@ def test_calibration_on_text_alone_does_not_reach_the_tower(trained):
     ids = torch.randint(3, 90, (2, 12))
     with pytest.raises(ValueError, match=r"does not reach model\.vision_tower.*pixel_values"):
         pycompress.apply(model, Prune("wanda", sparsity=0.5, targets=TOWER), ids, progress=False)
-    assert not hub.compressed_modules(model)
+    assert not record.compressed_modules(model)
     pycompress.apply(model, RTN(4, targets=TOWER), progress=False)
-    assert hub.compressed_modules(model)
+    assert record.compressed_modules(model)
 
 
 def test_what_a_vision_language_model_cannot_be_given_is_said(trained):
@@ -188,7 +190,7 @@ def test_one_budget_goes_over_both_parts_and_a_finished_run_is_found_again(train
 
 
 def sizes(model):
-    names = hub.compressed_modules(model)
+    names = record.compressed_modules(model)
     return [spec["shape"][0] * spec["shape"][1] for spec in names.values()]
 
 
@@ -202,8 +204,8 @@ def test_a_global_share_of_the_language_model_is_spread_by_the_loss(trained):
 
 def test_the_loss_is_that_of_text_with_its_images(trained):
     model, batches, _ = trained
-    names = [linear.name for linear in groups.linears(model)]
-    found = loss_sensitivity(model, groups.blocks(model), prepare(model, batches, None), names)
+    names = [linear.name for linear in architectures.linears(model)]
+    found = loss_sensitivity(model, architectures.blocks(model), prepare(model, batches, None), names)
     squares, tokens = dict.fromkeys(names, 0), 0
     for batch in batches:
         outputs = {}

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pycompress.demo.evaluate import Request, opening
+from pycompress._files import finite
+from pycompress.demo.evaluate import EvaluationRequest, opening
 from pycompress.demo.gemma import gemma_folder
-from pycompress.demo.show import Row, continuations, plot, table
+from pycompress.demo.show import TableRow, continuations, plot, table
 from pycompress.demo.text import texts
 from pycompress.demo.variants import (
     Case,
-    Settings,
+    DemoSettings,
     Variant,
     checkpoint_folder,
     identity,
@@ -31,7 +32,6 @@ from pycompress.demo.variants import (
     rtn,
     swsc,
 )
-from pycompress.files import finite
 from pycompress.measure import token_windows
 
 __all__ = ["Case", "Settings", "run"]
@@ -44,14 +44,14 @@ NOTE = (
 
 
 def run(
-    out: Path, settings: Settings | None = None, model: Path | None = None, say: Callable[[str], None] | None = None
-) -> list[Row]:
+    out: Path, settings: DemoSettings | None = None, model: Path | None = None, say: Callable[[str], None] | None = None
+) -> list[TableRow]:
     """Compress, save, reload in a new process, measure; writes models, table, plot and figures into `out`.
 
     `model`: a folder with a causal LM and its tokenizer instead of Gemma-3-270M. What an earlier run finished with
     the same inputs is reused. Raises `ImportError` for a missing package and `RuntimeError` when measuring fails.
     """
-    settings = settings or Settings()
+    settings = settings or DemoSettings()
     say = say or _clock()
     out.mkdir(parents=True, exist_ok=True)
     model = model or gemma_folder(say)
@@ -67,7 +67,7 @@ def run(
 
 
 def _make_all(
-    model: Path, calibration_text: str, settings: Settings, out: Path, say: Callable[[str], None]
+    model: Path, calibration_text: str, settings: DemoSettings, out: Path, say: Callable[[str], None]
 ) -> list[tuple[Variant, dict[str, Any]]]:
     # An empty network of the model's class answers for its vocabulary and positions; no weight is read for that.
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -96,10 +96,10 @@ def _skeleton(model: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
-def _measure(variants: list[Variant], settings: Settings, out: Path) -> dict[str, dict[str, Any]]:
+def _measure(variants: list[Variant], settings: DemoSettings, out: Path) -> dict[str, dict[str, Any]]:
     answer, request = out / "measured.json", out / "request.json"
     answer.unlink(missing_ok=True)
-    Request(
+    EvaluationRequest(
         folders={variant.label: str(variant.folder) for variant in variants},
         text=str(out / "held_out.txt"),
         answer=str(answer),
@@ -120,12 +120,14 @@ def _measure(variants: list[Variant], settings: Settings, out: Path) -> dict[str
     return measured
 
 
-def _rows(dense: Variant, made: list[tuple[Variant, dict[str, Any]]], measured: dict[str, dict[str, Any]]) -> list[Row]:
+def _rows(
+    dense: Variant, made: list[tuple[Variant, dict[str, Any]]], measured: dict[str, dict[str, Any]]
+) -> list[TableRow]:
     decoder = made[0][1]["decoder"]["before"]
     sizes = [(dense, None, decoder)]
     sizes += [(variant, facts["targets"], facts["decoder"]["after"]) for variant, facts in made]
     return [
-        Row(
+        TableRow(
             label=variant.label,
             method=variant.method,
             targets_bytes=None if targets is None else targets["after"],
@@ -141,7 +143,7 @@ def _rows(dense: Variant, made: list[tuple[Variant, dict[str, Any]]], measured: 
     ]
 
 
-def _publish(rows: list[Row], text: str, out: Path, say: Callable[[str], None]) -> None:
+def _publish(rows: list[TableRow], text: str, out: Path, say: Callable[[str], None]) -> None:
     page = "\n\n".join([table(rows), NOTE, continuations(rows, opening(text))])
     (out / "table.txt").write_text(page + "\n", encoding="utf-8")
     (out / "rows.json").write_text(json.dumps(finite([asdict(row) for row in rows]), indent=1, allow_nan=False))

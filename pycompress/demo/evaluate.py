@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import pycompress  # noqa: F401  registers the compressed format with transformers
+from pycompress.lm.windows import tokenise
 from pycompress.measure import compare_speed, perplexity
-from pycompress.measure.windows import tokenise
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """`folders` of saved models by label; `text` a file; `answer` the file to write. All as strings for JSON."""
 
     folders: dict[str, str]
@@ -36,12 +36,12 @@ class Request:
         path.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
-    def load(cls, path: Path) -> Request:
+    def load(cls, path: Path) -> EvaluationRequest:
         stored = json.loads(path.read_text())
         return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
 
-def evaluate(request: Request) -> dict[str, dict[str, Any]]:
+def evaluate(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     """Perplexity, a continuation and the size on disk of each model, then the speed of all of them in turns."""
     text = Path(request.text).read_text(encoding="utf-8")
     models: dict[str, PreTrainedModel] = {}
@@ -65,7 +65,7 @@ def evaluate(request: Request) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def _perplexity(model: PreTrainedModel, tokenizer: Any, text: str, request: Request) -> float:
+def _perplexity(model: PreTrainedModel, tokenizer: Any, text: str, request: EvaluationRequest) -> float:
     """In fp32 arithmetic on the saved weights: the same on every CPU, and faster where bf16 is emulated."""
     return perplexity(copy.deepcopy(model).float(), tokenizer, text, window=request.window, max_windows=request.windows)
 
@@ -90,6 +90,6 @@ def opening(text: str) -> str:
 
 
 def main() -> None:
-    """Read the `Request` in the file that the command line names, and write its answer."""
-    request = Request.load(Path(sys.argv[1]))
+    """Read the `EvaluationRequest` in the file that the command line names, and write its answer."""
+    request = EvaluationRequest.load(Path(sys.argv[1]))
     Path(request.answer).write_text(json.dumps(evaluate(request), indent=1))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from pycompress.tables import aligned
+from pycompress._tables import aligned
 
 COLUMNS = ("", "targets MB", "decoder MB", "on disk MB", "perplexity", "prefill tok/s", "decode tok/s")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One model: bytes of the targeted matrices (now and dense) and of the decoder blocks as packed, file size, what it
     does. The dense model has no targets.
     """
@@ -30,12 +30,12 @@ class Row:
     continuation: str
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[TableRow]) -> str:
     """Aligned text, one line a model, bytes in millions."""
     return aligned([COLUMNS, *(_cells(row) for row in rows)])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: TableRow) -> tuple[str, ...]:
     targets = "-"
     if row.targets_bytes is not None and row.targets_dense_bytes is not None:
         targets = f"{row.targets_bytes / 1e6:.1f} of {row.targets_dense_bytes / 1e6:.1f}"
@@ -50,14 +50,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def continuations(rows: Sequence[Row], prompt: str) -> str:
+def continuations(rows: Sequence[TableRow], prompt: str) -> str:
     """What each model writes after the same words, one line a model."""
     width = max(len(row.label) for row in rows)
     lines = [f"{row.label.ljust(width)}  {' '.join(row.continuation.split())}" for row in rows]
     return "\n".join([f"after {prompt!r}:", *lines])
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[TableRow], path: Path) -> None:
     """Perplexity and decode speed over the decoder's bytes, a colour a method. Raises `ImportError` sans matplotlib."""
     try:
         import_module("matplotlib").use("Agg")

@@ -36,7 +36,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """`cases`: each takes minutes; the last one also by the published method. Windows are of `window` tokens; speed is
     for one sequence.
     """
@@ -62,7 +62,7 @@ class Variant:
 
 
 def swsc(case: Case, out: Path) -> Variant:
-    """SWSC with one budget over all matrices, weighed by the loss."""
+    """SWSC with one budget over all matrices, weighted by the loss."""
     config = pycompress.SWSC(case.keep, storage=case.storage)
     return Variant(f"SWSC, {case}", "SWSC", config, out / f"swsc-{case.slug}")
 
@@ -133,7 +133,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def identity(model: Path, calibration_text: str, settings: Settings) -> str:
+def identity(model: Path, calibration_text: str, settings: DemoSettings) -> str:
     """Everything besides the recipe that a compressed model depends on, pycompress's own sources included."""
     digest = sha256(json.dumps([str(model), calibration_text, asdict(settings)["window"]]).encode())
     digest.update(str(settings.calibration_windows).encode())

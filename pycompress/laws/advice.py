@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pycompress.files import finite
+from pycompress._files import finite
 from pycompress.laws.fitting import fit_methods
 from pycompress.laws.law import Estimate, Law
 from pycompress.runs import Run

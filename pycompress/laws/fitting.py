@@ -61,7 +61,7 @@ def fit_methods(
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Observations:
     """Columns of floats `[runs]`, and the model of each."""
 
     ratio: np.ndarray
@@ -70,8 +70,8 @@ class _Table:
     value: np.ndarray
     model: np.ndarray
 
-    def where(self, chosen: np.ndarray) -> _Table:
-        return _Table(**{name: column[chosen] for name, column in vars(self).items()})
+    def where(self, chosen: np.ndarray) -> _Observations:
+        return _Observations(**{name: column[chosen] for name, column in vars(self).items()})
 
     def __len__(self) -> int:
         return len(self.ratio)
@@ -86,7 +86,7 @@ def _check(law: str, unit: float, level: float) -> None:
         raise ValueError(f"level must be in (0, 1), got {level!r}")
 
 
-def _table(runs: Iterable[Run], law: str, quantity: str) -> tuple[_Table, list[str]]:
+def _table(runs: Iterable[Run], law: str, quantity: str) -> tuple[_Observations, list[str]]:
     """The runs that can be fitted, and what was left out."""
     rows, zeros = [], 0
     for run in runs:
@@ -100,7 +100,9 @@ def _table(runs: Iterable[Run], law: str, quantity: str) -> tuple[_Table, list[s
             rows.append((run.ratio, dense, float(run.recovery_tokens), value, run.model))
     notes = [f"{zeros} runs with {quantity} 0 have no logarithm and are left out"] if zeros else []
     numbers = np.array([row[:4] for row in rows], dtype=float).reshape(-1, 4).T
-    table = _Table(numbers[0], numbers[1], numbers[2], numbers[3], np.array([row[4] for row in rows], dtype=object))
+    table = _Observations(
+        numbers[0], numbers[1], numbers[2], numbers[3], np.array([row[4] for row in rows], dtype=object)
+    )
     if not FORMS[law].recovers and len(set(table.tokens)) > 1:
         fewest = table.tokens.min()
         other = table.tokens != fewest
@@ -109,7 +111,7 @@ def _table(runs: Iterable[Run], law: str, quantity: str) -> tuple[_Table, list[s
     return table, notes
 
 
-def _design(table: _Table, law: str, unit: float) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, float]]:
+def _design(table: _Observations, law: str, unit: float) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, float]]:
     """The features `[runs, terms]` and the target `[runs]` of the regression, its terms, and the fixed coefficients.
 
     Raises ValueError where the terms cannot be told apart.
@@ -135,7 +137,7 @@ def _design(table: _Table, law: str, unit: float) -> tuple[np.ndarray, np.ndarra
 
 
 def _fitted(
-    table: _Table,
+    table: _Observations,
     law: str,
     quantity: str,
     unit: float,
@@ -191,15 +193,15 @@ def _bootstrap(
         return [None] * terms
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     # Draws of too few different runs do not determine the coefficients.
-    sound = drawn[np.linalg.matrix_rank(design[drawn]) == terms]
-    if len(sound) < resamples / 2:
+    regular = drawn[np.linalg.matrix_rank(design[drawn]) == terms]
+    if len(regular) < resamples / 2:
         return [None] * terms
-    coefficients = (np.linalg.pinv(design[sound]) @ target[sound][..., None])[..., 0]
+    coefficients = (np.linalg.pinv(design[regular]) @ target[regular][..., None])[..., 0]
     low, high = np.quantile(coefficients, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
-def _held_out(table: _Table, law: str, quantity: str, unit: float, cuts: Sequence[float]) -> Iterable[HeldOut]:
+def _held_out(table: _Observations, law: str, quantity: str, unit: float, cuts: Sequence[float]) -> Iterable[HeldOut]:
     fitted = [int((table.ratio <= cut).sum()) for cut in cuts]
     for cut in [cut for i, cut in enumerate(cuts) if fitted[i] not in fitted[:i]]:
         yield from _split(table, table.ratio <= cut, (law, quantity, unit), HeldOut("ratios", 0, 0, 0.0, above=cut))
@@ -209,7 +211,7 @@ def _held_out(table: _Table, law: str, quantity: str, unit: float, cuts: Sequenc
         yield from _split(table, table.model != model, (law, quantity, unit), held)
 
 
-def _split(table: _Table, seen: np.ndarray, how: tuple[str, str, float], held: HeldOut) -> Iterable[HeldOut]:
+def _split(table: _Observations, seen: np.ndarray, how: tuple[str, str, float], held: HeldOut) -> Iterable[HeldOut]:
     """The error on the runs not seen, or nothing where those that are seen cannot be fitted."""
     unseen = table.where(~seen)
     if not len(unseen):

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pycompress.files import finite
+from pycompress._files import finite
 
 Features = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Form:
+class LawForm:
     """`log L` as a sum of coefficients times features of the ratio r, the dense value L0 and D, tokens in units.
 
     `always`: coefficients that are given. `constant`: what a coefficient is where its feature does not vary in the
@@ -32,7 +32,7 @@ class Form:
 
 
 FORMS = {
-    "v1": Form(
+    "v1": LawForm(
         equation="log L = α log L0 + β log(1 + r) + γ log(1 + 1/(D + 1))",
         features=lambda r, dense, D: {"α": np.log(dense), "β": np.log1p(r), "γ": np.log1p(1 / (D + 1))},
         ratio="β",
@@ -41,7 +41,7 @@ FORMS = {
         always={},
         constant={"α": 1.0, "γ": 0.0},
     ),
-    "v2": Form(
+    "v2": LawForm(
         equation="log L = log L0 + log P0 + α log(1 - r)",
         features=lambda r, dense, D: {"L0": np.log(dense), "log P0": np.ones_like(r), "α": np.log1p(-r)},
         ratio="α",

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pycompress.files import finite
+from pycompress._files import finite
+from pycompress._tables import aligned
 from pycompress.laws.fitting import fit_methods
 from pycompress.laws.law import FORMS, Estimate, Law
 from pycompress.runs import QUANTITIES, Run
-from pycompress.tables import aligned
 
 # Multiples of the dense model's value for which the critical ratio is given.
 SIGMAS = {"loss": (1.1, 1.25, 1.5, 2.0), "accuracy": (0.9, 0.8, 0.65, 0.5)}

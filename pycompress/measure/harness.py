@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pycompress.measure.model import embedding
-from pycompress.measure.perplexity import LOGITS_AT_ONCE
+from pycompress.lm.head import LOGITS_AT_ONCE
+from pycompress.lm.model import embedding
 
 # (context, continuation), and the ids of both.
 Request = tuple[tuple[str, str], list[int], list[int]]

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
+from pycompress.lm.model import embedding, evaluation, require_positions
 from pycompress.measure.memory import peak, reset_peak
-from pycompress.measure.model import embedding, evaluation, require_positions
 
 Masks = Tensor | dict[str, Tensor]
 

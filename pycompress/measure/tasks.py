@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pycompress.brief import brief
-from pycompress.checkpoint import hash_of
-from pycompress.files import folder_of
-from pycompress.measure.model import evaluation
-from pycompress.state import neutral
+from pycompress._brief import brief
+from pycompress._files import folder_of
+from pycompress.lm.identity import hash_of
+from pycompress.lm.model import evaluation
+from pycompress.lm.state import neutral
 
 # What ends a query of a local file, as the harness's own task of that data has it.
 QUERIES = {"piqa": "\nAnswer:", "arc_easy": "\nAnswer:", "openbook_qa": ""}

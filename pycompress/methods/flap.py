@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.methods.importance import column_scores
+from pycompress.methods._elimination import column_scores
 from pycompress.methods.structural import STRUCTURAL, Group, Refit, Structural, StructuralConfig
 
 STRUCTURES = ("adaptive", "uniform")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pycompress.formats import Packed
+from pycompress.formats.packed import Packed
 from pycompress.methods import swsc
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.recipe import Config
@@ -30,6 +30,21 @@ class LowRank(Config):
     @property
     def needs_calibration(self) -> bool:
         return self.weighting != "none"
+
+    @property
+    def shared(self) -> bool:
+        return self.as_swsc().shared
+
+    @property
+    def by_loss(self) -> bool:
+        return self.as_swsc().by_loss
+
+    @property
+    def sensitive(self) -> bool:
+        return self.as_swsc().sensitive
+
+    def kept_bytes(self, nbytes: int) -> int:
+        return self.as_swsc().kept_bytes(nbytes)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +77,4 @@ METHODS[LowRank] = Method(
     _compress,
     _curve,
     check=lambda shape, dtype, config: swsc.check(shape, dtype, config.as_swsc()),
-    shared=lambda config: swsc.shares_budget(config.as_swsc()),
-    sensitive=lambda config: swsc.reads_loss(config.as_swsc()),
 )

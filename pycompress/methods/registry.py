@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pycompress.formats import Packed
+from pycompress.formats.packed import Packed
 from pycompress.recipe import Config
-
-# Matrices by name, with their weights and, of a trajectory, their importances; may be gone through again.
-Matrices = Callable[[], Iterable[tuple[str, Tensor, Tensor | None]]]
 
 
 @dataclass(frozen=True)
@@ -72,22 +69,15 @@ def lower_hull(nbytes: np.ndarray, error: np.ndarray) -> list[int]:
 @dataclass(frozen=True)
 class Method:
     """`compress(weight [N, K], statistics | None, config, budget in bytes | None, curve | None)` gives a packed weight,
-    or None to leave the matrix dense. `curve(weight, statistics, config)` is there where one budget is shared between
-    matrices: `shared(config)` says whether it is. `check(shape, dtype, config)` raises ValueError for a matrix that
-    cannot be packed so. `sensitive(config)` says whether the loss's gradients are wanted. `budgets(config)` gives
-    what sets all budgets from the weights alone, where the config wants that. Where the config names weights
-    along training (`recorded`), their importance is a further argument, `importance`, of `compress` and `curve`.
-    `staged(config)`: linears are calibrated on what those before them in their block give after compression, not only
-    on what the blocks before theirs give.
+    or None to leave the matrix dense. `curve(weight, statistics, config)` is there where one budget may be shared
+    between matrices (`config.shared`). `check(shape, dtype, config)` raises ValueError for a matrix that cannot be
+    packed so. Where the config names weights along training (`config.recorded`), their importance is a further
+    argument, `importance`, of `compress` and `curve`. All else that a run asks of a method is a property of its config.
     """
 
     compress: Callable[..., Packed | None]
     curve: Callable[..., Curve] | None = None
     check: Callable[[tuple[int, int], torch.dtype, Any], None] = lambda shape, dtype, config: None
-    shared: Callable[[Any], bool] = lambda config: False
-    sensitive: Callable[[Any], bool] = lambda config: False
-    staged: Callable[[Any], bool] = lambda config: False
-    budgets: Callable[[Any], Callable[[Any, Matrices], dict[str, int]] | None] = lambda config: None
 
 
 METHODS: dict[type[Config], Method] = {}

@@ -20,8 +20,8 @@ class SliceGPT(ShrinkConfig):
 
     `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]; the products on the shortcuts
     count as kept. `round_to`: the width of the stream is a multiple of it (by default 64 where the hidden size is at
-    least 2048, else 8). `weighting`: "loss" slices what the loss feels least, "none" the directions with the least
-    energy (published). Raises ValueError on other values.
+    least 2048, else 8). `weighting`: "loss" slices what the loss is least sensitive to, "none" the directions with the
+    least energy (published). Raises ValueError on other values.
 
     Reference: arXiv:2401.15024.
     """
@@ -31,6 +31,10 @@ class SliceGPT(ShrinkConfig):
 
     @property
     def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def final(self) -> bool:
         return True
 
     def __post_init__(self) -> None:

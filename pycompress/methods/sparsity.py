@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycompress.formats import Packed, pack_zeros
+from pycompress.formats.packed import Packed, pack_zeros
+from pycompress.methods._gptq import inverse_cholesky
+from pycompress.methods._sparsegpt import least, sparsegpt
 from pycompress.methods.magnitude import Magnitude
-from pycompress.methods.registry import METHODS, Curve, Matrices, Method, Statistics
-from pycompress.methods.rounding import compensating
-from pycompress.methods.sparsegpt import least, sparsegpt
+from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.methods.trajectory_channels import TrajectoryChannels
 from pycompress.methods.wanda import Wanda
-from pycompress.recipe import Config
+from pycompress.recipe import Config, Matrices
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "trajectory")
 PATTERNS = '"unstructured", "channels" or "N:M" such as "2:4"'
@@ -31,13 +32,13 @@ class Prune(Config):
     """Set the weights of least importance to zero, and store what stays.
 
     `score`: "magnitude"; "wanda", |W_ij| √(mean x_j²), compared within each row; "sparsegpt", whose remaining weights
-    make up for those that go; "trajectory", importance along training, read from the folder `trajectory` that
+    compensate for those that go; "trajectory", importance along training, read from the folder `trajectory` that
     `TrajectoryTracker.save` wrote. Wanda and SparseGPT see the inputs that the linears before give once pruned.
     `pattern`: "unstructured"; "N:M", N weights kept of every M consecutive inputs of a row; "channels", whole coupled
     rows and columns, by the structural method of that score. `sparsity`: share of zeros, in (0, 1); of "channels", of
     parameters that go. `rate`, in its place, with "magnitude" and "trajectory": weights whose importance is below
     `std(|W|) * rate` go. `scope`: "layer", each matrix for itself, or "global", one threshold or one share of zeros
-    over all targets, which Wanda and SparseGPT spread by the loss. Raises ValueError on other values.
+    over all targets, which Wanda and SparseGPT allocate by the loss. Raises ValueError on other values.
 
     Reference: arXiv:2306.11695 (Wanda), arXiv:2301.00774 (SparseGPT), arXiv:2502.17071 (trajectory and rate).
     """
@@ -122,6 +123,38 @@ class Prune(Config):
     def recorded(self) -> str | None:
         return self.trajectory
 
+    @property
+    def shared(self) -> bool:
+        return self.scope == "global" and self.rate is None
+
+    @property
+    def sensitive(self) -> bool:
+        return self.scope == "global" and self.needs_calibration
+
+    @property
+    def staged(self) -> bool:
+        return self.score == "sparsegpt" or (self.score == "wanda" and self.group is None)
+
+    def kept_bytes(self, nbytes: int) -> int:
+        return math.floor(self.keep * nbytes)
+
+    def budgets(self, matrices: Matrices) -> dict[str, int] | None:
+        """Bytes of the values that one threshold over all matrices leaves of each."""
+        if self.scope != "global" or self.rate is None:
+            return None
+        count, total, square = 0, 0.0, 0.0
+        for _, weight, _ in matrices():
+            wide = weight.double()
+            count += wide.numel()
+            total += float(wide.abs().sum())
+            square += float(wide.square().sum())
+        deviation = ((square - total * total / count) / max(count - 1, 1)) ** 0.5
+        left = {}
+        for name, weight, importance in matrices():
+            kept = int((scores(weight, None, self, importance) >= self.rate * deviation).sum())
+            left[name] = kept * weight.element_size()
+        return left
+
     def resolved(self) -> Config:
         """Itself, or for channels the structural method of its score."""
         if self.pattern != "channels":
@@ -163,7 +196,7 @@ def scores(weight: Tensor, statistics: Statistics | None, config: Prune, importa
     if config.score == "wanda":
         return magnitude * statistics.gram.diagonal().clamp(min=0).sqrt()
     gram = statistics.gram
-    return (magnitude / compensating(gram).diagonal()).masked_fill(gram.diagonal() == 0, 0)
+    return (magnitude / inverse_cholesky(gram).diagonal()).masked_fill(gram.diagonal() == 0, 0)
 
 
 def compress(
@@ -219,23 +252,6 @@ def curve(weight: Tensor, statistics: Statistics | None, config: Prune, importan
     return Curve(nbytes, lost[gone], 1.0, torch.arange(len(gone)))
 
 
-def budgets(config: Prune, matrices: Matrices) -> dict[str, int]:
-    """Bytes of the values that one threshold over all matrices leaves of each."""
-    count, total, square = 0, 0.0, 0.0
-    for _, weight, _ in matrices():
-        wide = weight.double()
-        count += wide.numel()
-        total += float(wide.abs().sum())
-        square += float(wide.square().sum())
-    deviation = ((square - total * total / count) / max(count - 1, 1)) ** 0.5
-    assert config.rate is not None
-    found = {}
-    for name, weight, importance in matrices():
-        left = int((scores(weight, None, config, importance) >= config.rate * deviation).sum())
-        found[name] = left * weight.element_size()
-    return found
-
-
 def check(shape: tuple[int, int], dtype: torch.dtype, config: Prune) -> None:
     """Raise ValueError for a matrix whose rows the pattern does not divide."""
     if config.group is not None and shape[1] % config.group[1]:
@@ -245,12 +261,4 @@ def check(shape: tuple[int, int], dtype: torch.dtype, config: Prune) -> None:
         )
 
 
-METHODS[Prune] = Method(
-    compress,
-    curve,
-    check,
-    shared=lambda config: config.scope == "global" and config.rate is None,
-    staged=lambda config: config.score == "sparsegpt" or (config.score == "wanda" and config.group is None),
-    sensitive=lambda config: config.scope == "global" and config.needs_calibration,
-    budgets=lambda config: budgets if config.scope == "global" and config.rate is not None else None,
-)
+METHODS[Prune] = Method(compress, curve, check)

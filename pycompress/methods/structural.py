@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycompress.methods.importance import Elimination, column_scores, row_scores
+from pycompress.methods._elimination import Elimination, column_scores, row_scores
 from pycompress.recipe import Config
-from pycompress.search import Evolution
+from pycompress.search.evolution import Evolution
 
 # What scores may be measured from, beside the weights.
 NEEDS = ("gram", "mean", "saliency", "covariance", "influence", "recorded")
@@ -26,6 +26,10 @@ class ShrinkConfig(Config, abstract=True):
     """
 
     keep: float = 0.8
+
+    @property
+    def structural(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,9 +115,9 @@ def of_units(group: Group, of: Callable[[Member], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Refit:
-    """What makes up for removed units, in the linears that read them or in every linear of the block (`block`).
+    """What compensates for removed units, in the linears that read them or in every linear of the block (`block`).
 
-    `kind`: "weights" (least squares, `reform.reform`), "admm" (`reform.reform_admm`), "bias" (`reform.compensation`).
+    `kind`, as in `structural.least_squares`: "weights" (`reform`), "admm" (`reform_admm`), "bias" (`compensation`).
     `sequential`: inputs are those of the pruned blocks before, else the dense model's.
     """
 
@@ -128,7 +132,7 @@ class Search:
 
     `samples`: calibration tokens that candidates are run on, of which a share `positions` is scored. `depth`: blocks
     may be dropped. `refitted`: candidates have their `down` refitted to the dense inputs. `executor`, `workers`: as in
-    `executor.open_executor`.
+    `_executor.open_executor`.
     """
 
     evolution: Evolution
@@ -156,7 +160,7 @@ class Structural:
     the MLPs of all blocks. A method has one of the four.
 
     `needs`: of `NEEDS`, what is to be measured. `compared`: scores hold across blocks and groups, so that the whole
-    model shares one ranking; `by_error`: the budget is spread by the eliminations' errors; else each block keeps its
+    model shares one ranking; `by_error`: the budget is allocated by the eliminations' errors; else each block keeps its
     share. `ranking(config)`: the settings that decide scores and order, beside `parts`. `refit(config)`: None leaves
     what stays as it is. `search(config)`: None takes the choice as it is.
     """

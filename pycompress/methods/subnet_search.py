@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.executor import EXECUTORS
-from pycompress.methods.importance import Elimination, eliminate, eliminate_unread, phi
+from pycompress._executor import EXECUTORS
+from pycompress.methods._elimination import Elimination, eliminate, eliminate_unread, phi
 from pycompress.methods.structural import (
     STRUCTURAL,
     Group,
@@ -19,7 +19,7 @@ from pycompress.methods.structural import (
     StructuralConfig,
     of_units,
 )
-from pycompress.search import Evolution
+from pycompress.search.evolution import Evolution
 
 IMPORTANCES = ("elimination", "phi")
 ALLOCATIONS = ("uniform", "loss")
@@ -31,10 +31,10 @@ GENERATIONS = 4  # that a number of candidates is divided into
 
 @dataclass(frozen=True)
 class SubnetSearch(StructuralConfig):
-    """Inherit the channels whose removal the others can least make up for, and refit what reads them.
+    """Inherit the channels whose removal the others can least compensate for, and refit what reads them.
 
     `importance`: "elimination" removes channels one after the other, each time those that cost the least once the
-    others have made up for them; "phi" takes the paper's scores, which look at each channel alone. `allocation`:
+    others have compensated for them; "phi" takes the paper's scores, which look at each channel alone. `allocation`:
     "uniform" keeps the same share of every block, "loss" spends one budget where the elimination's error says it saves
     most. `reform`: "exact" least squares, "admm" the paper's iteration, "none". `sequential`: refit on the inputs that
     the pruned blocks give, else on the dense model's. `refit`: "readers" are the linears that read removed channels,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pycompress import storage
-from pycompress.formats import SharedChannels
-from pycompress.methods.channels import Channels
-from pycompress.methods.forms import SHARES, Choice, Form, build, candidates, costs_of, ranks_of
-from pycompress.methods.pricing import Coded, Points
+from pycompress.formats import codes
+from pycompress.formats.packed import SharedChannels
+from pycompress.methods._channels import Channels
+from pycompress.methods._forms import SHARES, Form, FormChoice, build, candidates, costs_of, ranks_of
+from pycompress.methods._pricing import Coded, CurvePoints
 from pycompress.methods.registry import METHODS, Curve, Method, Statistics
 from pycompress.recipe import Config
 
@@ -27,9 +28,9 @@ class SWSC(Config):
 
     `keep`: kept bytes over the targets' bytes, in (0, 1]. `share`: "output" (rows), "input" (columns) or "auto", the
     better of the two for each matrix. `weighting`: "inputs" minimises the error of the outputs on calibration data,
-    "loss" weighs each output by what the loss feels of it besides, "none" minimises the error of the weights, as
+    "loss" weights each output by its sensitivity besides, "none" minimises the error of the weights, as
     published. `clusters`, `rank`: fixed for every target; what is left None is chosen
-    for each matrix by its error at equal bytes. `allocation`: "loss" spreads one budget over the targets by what a
+    for each matrix by its error at equal bytes. `allocation`: "loss" allocates one budget to the targets by what a
     byte saves of the loss, "error" by what it saves of the relative output error (as "loss" does where there is no
     calibration), "uniform" gives each target its own share. `pivot`: store the factor in r² fewer numbers. `storage`:
     "bf16" (of a bfloat16 model), "int8" with a scale a row, "int4" with a scale for each 64 numbers of a row, or int8
@@ -62,14 +63,14 @@ class SWSC(Config):
             raise ValueError(f"{self.name} needs clusters or rank above 0, got 0 for both")
         if self.storage is not None:
             self.check_choice("storage", *STORAGES)
-        if self.storage == "int4" and (self.rank or 0) % storage.BLOCK:
+        if self.storage == "int4" and (self.rank or 0) % codes.BLOCK:
             raise ValueError(
-                f"{self.name}.rank must be a multiple of {storage.BLOCK} for storage='int4', got {self.rank}"
+                f"{self.name}.rank must be a multiple of {codes.BLOCK} for storage='int4', got {self.rank}"
             )
 
     @property
     def kind(self) -> str:
-        """How numbers are stored, as `pycompress.storage` calls it."""
+        """How numbers are stored, as `pycompress.formats.codes` calls it."""
         return "float" if self.storage in (None, "bf16") else str(self.storage)
 
     @property
@@ -80,6 +81,21 @@ class SWSC(Config):
     @property
     def needs_calibration(self) -> bool:
         return self.weighting != "none"
+
+    @property
+    def shared(self) -> bool:
+        return self.allocation != "uniform" and not self.fixed
+
+    @property
+    def by_loss(self) -> bool:
+        return self.allocation == "loss"
+
+    @property
+    def sensitive(self) -> bool:
+        return self.weighting == "loss" or (self.by_loss and self.shared)
+
+    def kept_bytes(self, nbytes: int) -> int:
+        return math.floor(self.keep * nbytes)
 
     @property
     def fixed(self) -> bool:
@@ -98,8 +114,8 @@ def check(shape: tuple[int, int], dtype: torch.dtype, config: SWSC) -> None:
             f'storage="bf16" is for bfloat16 weights, got {dtype}; convert the model by .to(torch.bfloat16), or leave '
             f"storage out to keep its dtype"
         )
-    if config.kind == "int4" and shape[1] % storage.BLOCK:
-        raise ValueError(f'storage="int4" needs inputs in multiples of {storage.BLOCK}, got {shape[1]}; use "int8"')
+    if config.kind == "int4" and shape[1] % codes.BLOCK:
+        raise ValueError(f'storage="int4" needs inputs in multiples of {codes.BLOCK}, got {shape[1]}; use "int8"')
 
 
 def problem(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Channels:
@@ -113,11 +129,11 @@ def curve(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Curve:
     """Bytes and error of every (clusters, rank) of every candidate form, the dense matrix last.
 
     The error of codes is that of what would be stored: at some ranks the form is built and measured, and what rounding
-    adds there is interpolated between them. Points that no price of a byte could choose are left out.
+    adds there is interpolated between them. CurvePoints that no price of a byte could choose are left out.
     """
     channels = problem(weight, statistics, config)
     forms = candidates((weight.shape[0], weight.shape[1]), config)
-    points = Points(weight.numel() * weight.element_size())
+    points = CurvePoints(weight.numel() * weight.element_size())
     if config.kind == "float":
         for index, form in enumerate(forms):
             ranks = ranks_of(form, (weight.shape[0], weight.shape[1]), config)
@@ -129,19 +145,19 @@ def curve(weight: Tensor, statistics: Statistics | None, config: SWSC) -> Curve:
             coded.ends(points, forms[index], index)
         for index in coded.best_first(forms):
             coded.follow(points, forms[index], index)
-    felt = 1.0 if statistics is None or statistics.sensitivity is None else float(statistics.sensitivity.mean())
-    return points.curve(channels.energy * channels.unit**2 * channels.scale * felt)
+    sensitivity = 1.0 if statistics is None or statistics.sensitivity is None else float(statistics.sensitivity.mean())
+    return points.curve(channels.energy * channels.unit**2 * channels.scale * sensitivity)
 
 
-def choose(channels: Channels, weight: Tensor, config: SWSC, budget: int, forms: list[Form]) -> Choice | None:
+def choose(channels: Channels, weight: Tensor, config: SWSC, budget: int, forms: list[Form]) -> FormChoice | None:
     """The best of these forms, and its rank, within a budget in bytes; None where the dense matrix fits."""
     if config.fixed:
         share, clusters, kind = forms[0]
-        return Choice(channels.cluster(share, clusters, config.seed), config.rank or 0, float("nan"), kind)
+        return FormChoice(channels.cluster(share, clusters, config.seed), config.rank or 0, float("nan"), kind)
     if budget >= weight.numel() * weight.element_size():
         return None
     coded, floats = Coded(channels, weight, config), config.kind == "float"
-    best: Choice | None = None
+    best: FormChoice | None = None
     least = float("inf")
     for form in forms if floats else (forms[place] for place in coded.best_first(forms)):
         ranks, nbytes = coded.points(form)
@@ -152,16 +168,16 @@ def choose(channels: Channels, weight: Tensor, config: SWSC, budget: int, forms:
             continue
         rank, sharing = int(fitting[-1]), coded.sharing(form)
         if len(forms) == 1 and not form.clusters:
-            return Choice(sharing, rank, float("nan"), form.kind)
+            return FormChoice(sharing, rank, float("nan"), form.kind)
         tail = float(channels.tail(sharing)[rank] if floats else coded.tail(sharing, fitting[-1]))
         if tail < least and (error := tail if floats else coded.error(sharing, rank, form.kind)) < least:
-            best, least = Choice(sharing, rank, tail, form.kind), error
+            best, least = FormChoice(sharing, rank, tail, form.kind), error
     if best is None:
         raise ValueError(f"{budget} bytes hold no packed form of a matrix {list(weight.shape)}; raise keep")
     return best
 
 
-def refine(channels: Channels, choice: Choice, seed: int) -> Choice:
+def refine(channels: Channels, choice: FormChoice, seed: int) -> FormChoice:
     """Cluster again what the low-rank part leaves, fit that part again, and so on while the error falls.
 
     The first round takes the low-rank part of the whole weight, as if there were no clusters yet: alternation cannot
@@ -175,7 +191,7 @@ def refine(channels: Channels, choice: Choice, seed: int) -> Choice:
         error = float(channels.tail(sharing)[choice.rank])
         if not error < choice.error:
             break
-        choice = Choice(sharing, choice.rank, error, choice.kind)
+        choice = FormChoice(sharing, choice.rank, error, choice.kind)
         residual = channels.residual(sharing)
     return choice
 
@@ -202,12 +218,4 @@ def compress(
     return build(channels, choice, weight.dtype, config)
 
 
-def shares_budget(config: SWSC) -> bool:
-    return config.allocation != "uniform" and not config.fixed
-
-
-def reads_loss(config: SWSC) -> bool:
-    return config.weighting == "loss" or (config.allocation == "loss" and shares_budget(config))
-
-
-METHODS[SWSC] = Method(compress, curve, check, shares_budget, reads_loss)
+METHODS[SWSC] = Method(compress, curve, check)

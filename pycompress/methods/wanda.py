@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress.methods.importance import column_scores
+from pycompress.methods._elimination import column_scores
 from pycompress.methods.structural import STRUCTURAL, Group, Structural, StructuralConfig
 
 
 @dataclass(frozen=True)
 class Wanda(StructuralConfig):
-    """Remove the units whose channels weigh least in what reads them: `Σ |W_ij| ‖x_j‖`, the same share of every block.
+    """Remove the units whose channels count least in what reads them: `Σ |W_ij| ‖x_j‖`, the same share of every block.
 
     `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pycompress import sparse
+from pycompress.formats import zeros
 
 # What torch's generators take.
 SEEDS = (-(1 << 63), (1 << 64) - 1)
@@ -103,19 +103,19 @@ def check_permutation(indices: Tensor, name: str) -> None:
 
 
 def check_positions(positions: Tensor) -> None:
-    if not sparse.are_pairs(positions):
+    if not zeros.are_pairs(positions):
         raise ValueError("positions must be pairs of two columns of four, the lower one first")
 
 
 def check_bitmap(bitmap: Tensor, offsets: Tensor, count: int, columns: int) -> None:
     """Offsets follow from the bits, which are as many as the values, none of them beyond the columns."""
-    expected = sparse.bit_offsets(bitmap)
+    expected = zeros.bit_offsets(bitmap)
     if int(expected[-1]) != count:
         raise ValueError(f"bitmap must have a bit for each of the {count} values, got {int(expected[-1])} bits")
     if not torch.equal(offsets.long(), expected):
         raise IndexError(
-            f"offsets must rise from 0 to the number of values, {count}, by at most {sparse.TILE * columns} for "
-            f"{sparse.TILE} rows, and be where the values of each tile start, as the bits of bitmap say"
+            f"offsets must rise from 0 to the number of values, {count}, by at most {zeros.TILE * columns} for "
+            f"{zeros.TILE} rows, and be where the values of each tile start, as the bits of bitmap say"
         )
-    if sparse.has_bits_beyond(bitmap, columns):
+    if zeros.has_bits_beyond(bitmap, columns):
         raise ValueError(f"bitmap must be zero beyond bit {columns} of a row")

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from pycompress import _ext, storage
+from pycompress import _ext
+from pycompress.formats import codes
 
 LIBRARY = torch.library.Library("pycompress", "DEF")
 # Of the kernels' floats, as csrc/cpu/kernels.h numbers them in its enum Dtype.
@@ -194,7 +195,7 @@ def check_native_cuda(op: str, x: Tensor) -> None:
 
 def kernel_in_use(tensor: Tensor) -> str:
     """Name of the kernel that runs for a tensor of this device and dtype, or `reference` and why."""
-    has_kernel = tensor.dtype in DTYPE_CODES or tensor.dtype in storage.CODES
+    has_kernel = tensor.dtype in DTYPE_CODES or tensor.dtype in codes.CODES
     if tensor.device.type == "cpu":
         if _ext.C is None:
             return f"reference ({_ext.why})"

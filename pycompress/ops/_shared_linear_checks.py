@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycompress import storage
+from pycompress.formats import codes
 from pycompress.ops._checks import check_floats, check_permutation, check_range, check_tensors, once
 
 NAMES = ("x", "weight", "factor", "labels", "channels", "bias", "weight_scales", "factor_scales")
@@ -30,7 +30,7 @@ def check(*args: Any) -> None:
 def check_values(*args: Any) -> None:
     """Raise IndexError for labels without a cluster, ValueError for channels that are no permutation."""
     _, weight, factor, labels, channels, *_, share_input = args
-    clusters = storage.width_of(weight) - len(factor) if share_input else len(weight) - storage.width_of(factor)
+    clusters = codes.width_of(weight) - len(factor) if share_input else len(weight) - codes.width_of(factor)
     once(labels, check_range, "labels", clusters)
     once(channels, check_permutation, "channels")
 
@@ -47,7 +47,7 @@ def check_dtypes(
 ) -> None:
     check_floats(x=x)
     floats = {"x": x, "weight": weight, "factor": factor, "bias": bias}
-    if storage.storage_of(weight) != "float":
+    if codes.storage_of(weight) != "float":
         if factor.dtype != weight.dtype or weight_scales is None or factor_scales is None:
             raise TypeError(
                 f"weight and factor must both be int8 or both int4 codes, each with its scales, got {weight.dtype} and "
@@ -75,7 +75,7 @@ def check_sizes(
     share: str,
 ) -> None:
     along = 0 if share == "output" else 1
-    stacked, packed = (len(weight), storage.width_of(weight)), (len(factor), storage.width_of(factor))
+    stacked, packed = (len(weight), codes.width_of(weight)), (len(factor), codes.width_of(factor))
     rank = packed[1 - along]
     shared = packed[along] + (0 if channels is None else rank)
     clusters = stacked[along] - rank
@@ -97,10 +97,8 @@ def check_sizes(
 def check_scales(name: str, stored: Tensor, scales: Tensor | None) -> None:
     if scales is None:
         return
-    if storage.width_of(stored) % storage.BLOCK and storage.storage_of(stored) == "int4":
-        raise ValueError(
-            f"{name} in int4 has rows of a multiple of {storage.BLOCK} codes, got {storage.width_of(stored)}"
-        )
-    expected = storage.scales_shape(len(stored), storage.width_of(stored), storage.storage_of(stored))
+    if codes.width_of(stored) % codes.BLOCK and codes.storage_of(stored) == "int4":
+        raise ValueError(f"{name} in int4 has rows of a multiple of {codes.BLOCK} codes, got {codes.width_of(stored)}")
+    expected = codes.scales_shape(len(stored), codes.width_of(stored), codes.storage_of(stored))
     if scales.shape != expected:
         raise ValueError(f"{name}_scales must be {list(expected)}, got {list(scales.shape)}")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pycompress import _ext, sparse
+from pycompress import _ext
+from pycompress.formats import zeros
 from pycompress.ops import _library
 from pycompress.ops._checks import check_bitmap, check_tensors, once
 from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register, tokens_of
@@ -21,7 +22,7 @@ from pycompress.ops._sparse_checks import check_layer
 
 def bitmap_linear_ref(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """Plain torch: the dense weight is formed."""
-    return F.linear(x, sparse.unpack_bitmap(values, bitmap, offsets, x.shape[-1]), bias)
+    return F.linear(x, zeros.unpack_bitmap(values, bitmap, offsets, x.shape[-1]), bias)
 
 
 def _check(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
@@ -29,14 +30,14 @@ def _check(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Ten
     inputs = x.shape[-1] if x.dim() else 0
     if offsets.dtype != torch.int32:
         raise TypeError(f"offsets must be int32, got {offsets.dtype}")
-    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (sparse.tiles(len(bitmap)) + 1,):
+    if values.dim() != 1 or bitmap.dim() != 2 or offsets.shape != (zeros.tiles(len(bitmap)) + 1,):
         raise ValueError(
-            f"values must be [count], bitmap [N, bytes] and offsets [ceil(N / {sparse.TILE}) + 1], got "
+            f"values must be [count], bitmap [N, bytes] and offsets [ceil(N / {zeros.TILE}) + 1], got "
             f"{list(values.shape)}, {list(bitmap.shape)} and {list(offsets.shape)}"
         )
-    if bitmap.shape[1] != sparse.bitmap_bytes(inputs):
+    if bitmap.shape[1] != zeros.bitmap_bytes(inputs):
         raise ValueError(
-            f"x of {inputs} features needs a bitmap of {sparse.bitmap_bytes(inputs)} bytes a row, got "
+            f"x of {inputs} features needs a bitmap of {zeros.bitmap_bytes(inputs)} bytes a row, got "
             f"{bitmap.shape[1]}: x {list(x.shape)}, bitmap {list(bitmap.shape)}"
         )
     check_layer(x, values, bitmap, bias, "bitmap", inputs)
@@ -106,10 +107,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
     x, values, bitmap, offsets = ctx.saved_tensors
     inputs, rows = x.shape[-1], grad.reshape(-1, grad.shape[-1])
-    grad_x = grad @ sparse.unpack_bitmap(values, bitmap, offsets, inputs) if ctx.needs_input_grad[0] else None
+    grad_x = grad @ zeros.unpack_bitmap(values, bitmap, offsets, inputs) if ctx.needs_input_grad[0] else None
     grad_values = None
     if ctx.needs_input_grad[1]:
-        grad_values = sparse.gather_bitmap(rows.T @ x.reshape(-1, inputs), bitmap, len(values))
+        grad_values = zeros.gather_bitmap(rows.T @ x.reshape(-1, inputs), bitmap, len(values))
     grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
     return grad_x, grad_values, None, None, grad_bias
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pycompress import _ext, storage
+from pycompress import _ext
+from pycompress.formats import codes
 from pycompress.ops import _shared_linear_checks as checks
 from pycompress.ops._library import (
     DTYPE_CODES,
@@ -54,8 +55,8 @@ def shared_linear_ref(
 ) -> Tensor:
     """Plain torch in the dtype of `x`; packed numbers are widened to it."""
     if weight_scales is not None:
-        weight = storage.widen(weight, weight_scales).to(x.dtype)
-        factor = storage.widen(factor, factor_scales).to(x.dtype)
+        weight = codes.dequantize(weight, weight_scales).to(x.dtype)
+        factor = codes.dequantize(factor, factor_scales).to(x.dtype)
     if share_input:
         return F.linear(_reduced(x, factor, labels, channels, weight.shape[1] - factor.shape[0]), weight, bias)
     clusters = weight.shape[0] - factor.shape[1]
@@ -182,15 +183,15 @@ def _sizes(
     share_input: bool,
 ) -> tuple[Any, ...]:
     """Inputs, outputs, clusters, rank, the kernel's codes of dtype and storage, and whether indices are int32."""
-    rank = factor.shape[0] if share_input else storage.width_of(factor)
-    stacked = storage.width_of(weight) if share_input else weight.shape[0]
+    rank = factor.shape[0] if share_input else codes.width_of(factor)
+    stacked = codes.width_of(weight) if share_input else weight.shape[0]
     return (
         x.shape[-1],
         _outputs(weight, factor, channels, share_input),
         stacked - rank,
         rank,
         DTYPE_CODES.get(x.dtype),
-        STORAGE_CODES[storage.storage_of(weight)],
+        STORAGE_CODES[codes.storage_of(weight)],
         _wide(labels, channels),
     )
 
@@ -245,8 +246,8 @@ def shared_linear_cuda_native(
     """
     check_native_cuda("shared_linear", x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rank = factor.shape[0] if share_input else storage.width_of(factor)
-    clusters = (storage.width_of(weight) if share_input else weight.shape[0]) - rank
+    rank = factor.shape[0] if share_input else codes.width_of(factor)
+    clusters = (codes.width_of(weight) if share_input else weight.shape[0]) - rank
     y = x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
     parts = x.new_empty(_ext.C.shared_linear_cuda_parts(len(rows), clusters, rank), dtype=torch.float32)
     given = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
@@ -259,7 +260,7 @@ def shared_linear_cuda_native(
             clusters,
             rank,
             DTYPE_CODES[x.dtype],
-            STORAGE_CODES[storage.storage_of(weight)],
+            STORAGE_CODES[codes.storage_of(weight)],
             _wide(labels, channels),
             share_input,
             torch.cuda.current_stream().cuda_stream,
@@ -281,7 +282,7 @@ def _cuda(
     factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[storage.storage_of(weight)]
+    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[codes.storage_of(weight)]
     launch = (
         shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and native_cuda_built("shared_linear") else _triton
     )
@@ -309,8 +310,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Gradients:
     x, weight, factor, labels, channels, weight_scales, factor_scales = ctx.saved_tensors
     if weight_scales is not None:
-        weight = storage.widen(weight, weight_scales).to(x.dtype)
-        factor = storage.widen(factor, factor_scales).to(x.dtype)
+        weight = codes.dequantize(weight, weight_scales).to(x.dtype)
+        factor = codes.dequantize(factor, factor_scales).to(x.dtype)
     rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     needed = ctx.needs_input_grad
     backward = _backward_input if ctx.share_input else _backward_output

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pycompress import _ext, sparse
+from pycompress import _ext
+from pycompress.formats import zeros
 from pycompress.ops import _library
 from pycompress.ops._checks import check_positions, check_tensors, once
 from pycompress.ops._library import (
@@ -36,7 +37,7 @@ _cusparselt: Any = WeakTensorKeyDictionary()
 
 def sparse24_linear_ref(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
     """Plain torch: the dense weight is formed."""
-    return F.linear(x, sparse.unpack24(values, positions), bias)
+    return F.linear(x, zeros.unpack24(values, positions), bias)
 
 
 def _check(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> None:
@@ -136,7 +137,7 @@ def _for_cusparselt(values: Tensor, positions: Tensor) -> Any:
     if values not in _cusparselt or _cusparselt[values][0] != version:
         if not torch.backends.cusparselt.is_available() or torch.cuda.is_current_stream_capturing():
             return None
-        dense = sparse.unpack24(values.detach(), positions)
+        dense = zeros.unpack24(values.detach(), positions)
         _cusparselt[values] = (version, SparseSemiStructuredTensorCUSPARSELT.from_dense(dense))
     return _cusparselt[values][1]
 
@@ -162,8 +163,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     x, values, positions = ctx.saved_tensors
     rows = grad.reshape(-1, grad.shape[-1])
     return (
-        grad @ sparse.unpack24(values, positions) if ctx.needs_input_grad[0] else None,
-        sparse.gather24(rows.T @ x.reshape(-1, x.shape[-1]), positions) if ctx.needs_input_grad[1] else None,
+        grad @ zeros.unpack24(values, positions) if ctx.needs_input_grad[0] else None,
+        zeros.gather24(rows.T @ x.reshape(-1, x.shape[-1]), positions) if ctx.needs_input_grad[1] else None,
         None,
         rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None,
     )

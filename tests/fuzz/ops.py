@@ -26,7 +26,9 @@ from torch import Tensor
 package = sys.modules["pycompress"] = types.ModuleType("pycompress")
 package.__path__ = [str(Path(__file__).parents[2] / "pycompress")]
 sys.path.insert(0, str(Path(__file__).parent))
-ops, sparse, storage = (importlib.import_module(f"pycompress.{name}") for name in ("ops", "sparse", "storage"))
+ops, zeros, storage = (
+    importlib.import_module(f"pycompress.{name}") for name in ("ops", "formats.zeros", "formats.codes")
+)
 runner = importlib.import_module("runner")
 
 ALLOWED = (ValueError, TypeError, IndexError)
@@ -258,7 +260,7 @@ def sparse24_linear(draw: Draw) -> tuple[list[Any], Exact]:
     dtype, outputs, inputs = draw.random.choice(FLOATS), draw.size(), 8 * draw.size(20)
     kept = torch.rand((outputs, inputs // 4, 4), generator=draw.torch).argsort(-1).argsort(-1) < 2
     dense = (draw.floats(outputs, inputs) * kept.flatten(1)).to(dtype)
-    values, positions = sparse.pack24(dense)
+    values, positions = zeros.pack24(dense)
     bias = draw.floats(outputs, dtype=dtype) if draw.random.random() < 0.5 else None
     x = draw.floats(*draw.lead(), inputs, dtype=dtype)
     return [x, values, positions, bias], partial(linear, x, dense.double(), bias)
@@ -270,7 +272,7 @@ def bitmap_linear(draw: Draw) -> tuple[list[Any], Exact]:
     dense = (draw.floats(outputs, inputs) * kept).to(dtype)
     bias = draw.floats(outputs, dtype=dtype) if draw.random.random() < 0.5 else None
     x = draw.floats(*draw.lead(), inputs, dtype=dtype)
-    return [x, *sparse.pack_bitmap(dense), bias], partial(linear, x, dense.double(), bias)
+    return [x, *zeros.pack_bitmap(dense), bias], partial(linear, x, dense.double(), bias)
 
 
 def gram(draw: Draw) -> tuple[list[Any], Exact]:

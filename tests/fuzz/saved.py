@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pycompress
-from pycompress import RTN, SWSC, LowRank, Prune, SliceGPT, formats
-from pycompress.hub import quantizer as hub
-from pycompress.layers import PackedLinear, ZerosLinear
-from pycompress.shrink import shrink
-from pycompress.subnet import Kept, Subnet
+from pycompress import RTN, SWSC, LowRank, Prune, SliceGPT
+from pycompress.architectures.subnet import Kept, Subnet
+from pycompress.formats import packed
+from pycompress.hub import record
+from pycompress.nn.linear import PackedLinear, ZerosLinear
+from pycompress.surgery.shrink import shrink
 
 IDS = torch.arange(3, 43).view(2, 20)
 SIZES = {
@@ -213,14 +214,14 @@ def _compare(model: Any, found: torch.Tensor) -> str | None:
     """Against a dense model made of the tensors that were loaded."""
     dense = copy.deepcopy(model)
     largest = max(float(tensor.float().abs().max()) for tensor in model.state_dict().values() if tensor.numel())
-    for name, spec in hub.compressed_modules(model).items():
+    for name, spec in record.compressed_modules(model).items():
         module = model.get_submodule(name)
         if not isinstance(module, PackedLinear):
             continue
         tensors = {part: tensor for part, tensor in module.state_dict().items() if part != "bias"}
         if isinstance(module, ZerosLinear):
             spec = spec | {"kept": len(tensors["weight"])}
-        weight = formats.rebuild(spec, tensors).unpack()
+        weight = packed.rebuild(spec, tensors).unpack()
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
         linear.weight = nn.Parameter(weight.to(found.dtype))
         if module.bias is not None:

@@ -1,0 +1,1 @@
+"""What calibration data says of a model: batches, hidden states, gradients, weights along training."""

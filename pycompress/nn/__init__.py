@@ -1,0 +1,1 @@
+"""The modules that compressed models are made of."""

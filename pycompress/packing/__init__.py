@@ -1,0 +1,1 @@
+"""The pipeline of the methods that pack matrices."""

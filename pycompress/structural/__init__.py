@@ -1,0 +1,1 @@
+"""The pipelines of the methods that make dense matrices smaller."""
