@@ -33,6 +33,7 @@ from pycompress import (
     Prune,
     PruneNet,
     Random,
+    SearchSettings,
     SliceGPT,
     SubnetSearch,
     Taylor,
@@ -90,7 +91,7 @@ ROWS: tuple[tuple[str, Config | None], ...] = (
 # Where all blocks keep the same share, steps of 8 channels let it come close to what is asked.
 PRUNED = (0.9, 0.8, 0.7, 0.6, 0.5)
 PEERS = (0.93, 0.86, 0.79, 0.65)  # kept ratios of OptiPFair's figures
-SEARCH: dict[str, Any] = {"candidates": 60, "population": 15, "mutations": 8, "crossovers": 4, "parents": 4}
+SEARCH = SearchSettings(population=15, mutations=8, crossovers=4, parents=4)
 BASELINES: dict[str, type[Any]] = {
     "FLAP": FLAP,
     "Wanda": Wanda,
@@ -100,7 +101,7 @@ BASELINES: dict[str, type[Any]] = {
 }
 ROWS += (
     *((f"pruned to {keep}: ours", SubnetSearch(keep)) for keep in PRUNED + PEERS),
-    *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, **SEARCH)) for keep in PRUNED),
+    *((f"pruned to {keep}: ours, searched", SubnetSearch(keep, candidates=60, search=SEARCH)) for keep in PRUNED),
     *(
         (f"pruned to {keep}: ours, every linear refitted", SubnetSearch(keep, sequential=True, refit="block"))
         for keep in PRUNED

@@ -28,8 +28,31 @@ Matrices = Callable[[], "Iterable[tuple[str, Tensor, Tensor | None]]"]
 CONFIGS: dict[str, type[Config]] = {}
 
 
+class Checked:
+    """Settings that check their fields, and say of a wrong one what was given and what is allowed."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def check_choice(self, field: str, *allowed: str) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"{self.name}.{field} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}")
+
+    def check_fraction(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1 or math.isnan(value):
+            raise ValueError(f"{self.name}.{field} must be in (0, 1], got {brief(value)}")
+
+    def check_count(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{self.name}.{field} must be an integer of at least {least}, got {brief(value)}")
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One method and its settings. Subclasses that are not `abstract` register themselves under their class name.
 
     `targets`: roles of linear layers ("q", "k", "down", …) or patterns over module names; None means every linear
@@ -103,10 +126,6 @@ class Config:
         raise NotImplementedError(f"{self.name} shares no budget")
 
     @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    @property
     def recorded(self) -> str | None:
         """The folder of weights along training that the method reads, as `TrajectoryTracker.save` wrote it."""
         return None
@@ -128,21 +147,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain YAML or JSON values, the method's name first."""
         return {"method": self.name} | dataclasses.asdict(self)
-
-    def check_choice(self, field: str, *allowed: str) -> None:
-        value = getattr(self, field)
-        if value not in allowed:
-            raise ValueError(f"{self.name}.{field} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}")
-
-    def check_fraction(self, field: str) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1 or math.isnan(value):
-            raise ValueError(f"{self.name}.{field} must be in (0, 1], got {brief(value)}")
-
-    def check_count(self, field: str, least: int) -> None:
-        value = getattr(self, field)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{self.name}.{field} must be an integer of at least {least}, got {brief(value)}")
 
 
 Recipe = list[Config]
@@ -192,10 +196,11 @@ def from_dict(entry: dict[str, Any]) -> Config:
     if not isinstance(method, str) or method not in CONFIGS:
         raise ValueError(f"a recipe entry needs `method`, one of {', '.join(sorted(CONFIGS))}; got {brief(entry)}")
     config = CONFIGS[method]
-    allowed = [field.name for field in dataclasses.fields(config)]
-    unknown = [name for name in settings if name not in allowed]
-    if unknown:
-        raise ValueError(f"{method} has no setting {brief(unknown[0])}; it has {', '.join(allowed)}")
+    for name, nested in _nested(config).items():
+        if isinstance(settings.get(name), dict):
+            _check_known(f"{method}.{name}", nested, settings[name])
+            settings[name] = nested(**settings[name])
+    _check_known(method, config, settings)
     try:
         return config(**settings)
     except TypeError as error:
@@ -204,6 +209,25 @@ def from_dict(entry: dict[str, Any]) -> Config:
         ]
         why = f"needs {', '.join(missing)}; give it in the recipe" if missing else f"cannot be made: {clipped(error)}"
         raise ValueError(f"{method} {why}") from error
+
+
+def _nested(config: type[Config]) -> dict[str, type[Any]]:
+    """Settings of a config that are groups of settings themselves."""
+    return {f.name: type(f.default) for f in dataclasses.fields(config) if isinstance(f.default, Checked)}
+
+
+def _check_known(what: str, settings: type[Any], given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a name that is no field of `settings`."""
+    allowed = [field.name for field in dataclasses.fields(settings)]
+    unknown = [name for name in given if name not in allowed]
+    if not unknown:
+        return
+    groups = _nested(settings) if issubclass(settings, Config) else {}
+    of = [name for name, group in groups.items() if unknown[0] in {f.name for f in dataclasses.fields(group)}]
+    raise ValueError(
+        f"{what} has no setting {brief(unknown[0])}; it has {', '.join(allowed)}"
+        + (f"; {unknown[0]} belongs to its {of[0]}" if of else "")
+    )
 
 
 def load(path: Path) -> Recipe:

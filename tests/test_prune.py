@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import pycompress
-from pycompress import FLAP, RTN, SWSC, LayerDrop, Magnitude, PruneNet, Random, SubnetSearch, Taylor, Wanda
+from pycompress import (
+    FLAP,
+    RTN,
+    SWSC,
+    LayerDrop,
+    Magnitude,
+    PruneNet,
+    Random,
+    SearchSettings,
+    SubnetSearch,
+    Taylor,
+    Wanda,
+)
 from pycompress.architectures.model import architecture_of, blocks, geometry
 from pycompress.calibration.stream import Stream
 from pycompress.hub.record import added_biases
@@ -376,9 +388,8 @@ def test_a_structural_method_cannot_follow_packing(tiny_model):
 
 @pytest.mark.parametrize("masks", ["nested", "free"])
 def test_search_is_no_worse_than_where_it_starts(tiny_model, tmp_path, masks):
-    config = SubnetSearch(
-        0.8, round_to=8, candidates=12, population=6, mutations=3, crossovers=2, parents=2, masks=masks, positions=1.0
-    )
+    rare = SearchSettings(population=6, mutations=3, crossovers=2, parents=2, positions=1.0)
+    config = SubnetSearch(0.8, round_to=8, candidates=12, masks=masks, search=rare)
     found = []
     for _ in range(2):
         model = tiny_model("LlamaForCausalLM")
@@ -394,7 +405,7 @@ def test_search_is_no_worse_than_where_it_starts(tiny_model, tmp_path, masks):
 def test_search_scores_what_is_then_built(tiny_model):
     model = tiny_model("LlamaForCausalLM", intermediate_size=128)
     # Of one generation: its candidates are far from one another.
-    config = SubnetSearch(0.6, round_to=8, candidates=12, population=12, positions=1.0)
+    config = SubnetSearch(0.6, round_to=8, candidates=12, search=SearchSettings(population=12, positions=1.0))
     (result,) = pycompress.apply(model, config, IDS, progress=False).searches
     with torch.inference_mode():
         built = math.exp(model(input_ids=IDS, labels=IDS).loss)
@@ -403,7 +414,7 @@ def test_search_scores_what_is_then_built(tiny_model):
 
 
 def test_few_candidates_still_make_generations(tiny_model):
-    config = SubnetSearch(0.8, round_to=8, candidates=16, positions=1.0)
+    config = SubnetSearch(0.8, round_to=8, candidates=16, search=SearchSettings(positions=1.0))
     model = tiny_model("LlamaForCausalLM", num_hidden_layers=4, intermediate_size=256)
     (result,) = pycompress.apply(model, config, IDS, progress=False).searches
     assert len(result.history) <= 16

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pycompress import RTN, SWSC, LowRank
+from pycompress import RTN, SWSC, LowRank, SearchSettings, SubnetSearch
 from pycompress import recipe as recipes
 
 
@@ -18,6 +18,20 @@ def test_yaml_round_trips(tmp_path):
     recipe = [SWSC(0.5, targets=("q", "k"), clusters=8), LowRank(0.3, targets="o"), RTN(3, targets=("v",))]
     recipes.save(recipe, tmp_path / "r.yaml")
     assert recipes.load(tmp_path / "r.yaml") == recipe
+
+
+def test_groups_of_settings_round_trip_and_say_where_a_setting_belongs(tmp_path):
+    recipe = [SubnetSearch(0.6, candidates=8, search=SearchSettings(population=4, samples=64))]
+    recipes.save(recipe, tmp_path / "r.yaml")
+    assert recipes.load(tmp_path / "r.yaml") == recipe
+    with pytest.raises(ValueError, match="SubnetSearch has no setting 'population'.*population belongs to its search"):
+        recipes.from_dict({"method": "SubnetSearch", "population": 4})
+    with pytest.raises(ValueError, match="SubnetSearch.search has no setting 'size'; it has samples, positions"):
+        recipes.from_dict({"method": "SubnetSearch", "search": {"size": 4}})
+    with pytest.raises(ValueError, match=r"SearchSettings.samples must be an integer of at least 2, got 1"):
+        recipes.from_dict({"method": "SubnetSearch", "search": {"samples": 1}})
+    with pytest.raises(ValueError, match=r"SubnetSearch.search must be SearchSettings\(...\), got 3"):
+        SubnetSearch(0.6, search=3)
 
 
 @pytest.mark.parametrize(

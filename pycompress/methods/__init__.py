@@ -11,7 +11,7 @@ from pycompress.methods.rtn import RTN
 from pycompress.methods.slicegpt import SliceGPT
 from pycompress.methods.sparsity import Prune
 from pycompress.methods.structural import STRUCTURAL, Group, Member, ShrinkConfig, Structural, StructuralConfig
-from pycompress.methods.subnet_search import SubnetSearch
+from pycompress.methods.subnet_search import SearchSettings, SubnetSearch
 from pycompress.methods.swsc import SWSC
 from pycompress.methods.taylor import Taylor
 from pycompress.methods.trajectory_channels import TrajectoryChannels
@@ -33,6 +33,7 @@ __all__ = [
     "Prune",
     "PruneNet",
     "Random",
+    "SearchSettings",
     "ShrinkConfig",
     "SliceGPT",
     "Statistics",

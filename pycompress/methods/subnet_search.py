@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pycompress._brief import brief
 from pycompress._executor import EXECUTORS
 from pycompress.methods._elimination import Elimination, eliminate, eliminate_unread, phi
 from pycompress.methods.structural import (
@@ -19,6 +20,7 @@ from pycompress.methods.structural import (
     StructuralConfig,
     of_units,
 )
+from pycompress.recipe import Checked
 from pycompress.search.evolution import Evolution
 
 IMPORTANCES = ("elimination", "phi")
@@ -27,6 +29,35 @@ REFORMS = ("exact", "admm", "none")
 REFITS = ("readers", "block")
 PAPERS_POPULATION = 100
 GENERATIONS = 4  # that a number of candidates is divided into
+
+
+@dataclass(frozen=True)
+class SearchSettings(Checked):
+    """The rare settings of a `SubnetSearch` that goes on by evolution.
+
+    Candidates are scored on the first `samples` calibration tokens, at a share `positions` of them. `population`:
+    candidates of a generation, None for the paper's 100 or, where those are fewer, a quarter of all; `mutations`,
+    `crossovers` and `parents` of a generation, None for the paper's half, 3 of 10, and 1 of 10 but two at least;
+    `generations`: at most. `executor`: "local", or "ray" with `workers`. Raises ValueError on other values.
+
+    Reference: arXiv:2409.17372, section 3.3.
+    """
+
+    samples: int = 2048
+    positions: float = 0.5
+    population: int | None = None
+    mutations: int | None = None
+    crossovers: int | None = None
+    parents: int | None = None
+    generations: int = 50
+    executor: str = "local"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        self.check_count("samples", 2)
+        self.check_fraction("positions")
+        self.check_count("workers", 1)
+        self.check_choice("executor", *EXECUTORS)
 
 
 @dataclass(frozen=True)
@@ -41,13 +72,10 @@ class SubnetSearch(StructuralConfig):
     "block" every linear, the others towards what their remaining rows gave in the dense model; it needs `sequential`,
     because on dense inputs they give that already.
 
-    From there evolution goes on, by the perplexity of refitted candidates on the first `samples` calibration tokens, a
-    share `positions` of which is scored. `candidates`: how many it may try, 0 for none, None for as many as the
-    generations hold; `seconds`: how long it may take. `masks`: "nested" searches widths and depth, "important" and
-    "free" index sets too. `depth`: whether blocks may be dropped. `population`: candidates of a generation, None for
-    the paper's 100 or, where those are fewer, a quarter of `candidates`; `mutations`, `crossovers` and `parents` of a
-    generation, None for the paper's half, 3 of 10, and 1 of 10 but two at least; `generations`, `seed`. `executor`:
-    "local", or "ray" with `workers`. Raises ValueError on other values.
+    From there evolution goes on, by the perplexity of refitted candidates. `candidates`: how many it may try, 0 for
+    none, None for as many as the generations hold; `seconds`: how long it may take. `masks`: "nested" searches widths
+    and depth, "important" and "free" index sets too. `depth`: whether blocks may be dropped. `seed`: of the search,
+    whose other settings are `search`. Raises ValueError on other values.
 
     Reference: arXiv:2409.17372.
     """
@@ -59,18 +87,10 @@ class SubnetSearch(StructuralConfig):
     refit: str = "readers"
     candidates: int | None = 0
     seconds: float | None = None
-    samples: int = 2048
-    positions: float = 0.5
     masks: str = "nested"
     depth: bool = False
-    population: int | None = None
-    mutations: int | None = None
-    crossovers: int | None = None
-    parents: int | None = None
-    generations: int = 50
     seed: int = 0
-    executor: str = "local"
-    workers: int = 1
+    search: SearchSettings = SearchSettings()
 
     @property
     def needs_calibration(self) -> bool:
@@ -90,10 +110,8 @@ class SubnetSearch(StructuralConfig):
         if self.importance == "phi" and self.allocation == "loss":
             raise ValueError('SubnetSearch(allocation="loss") needs importance="elimination", which knows the loss')
         self.check_count("candidates", 0)
-        self.check_count("samples", 2)
-        self.check_count("workers", 1)
-        self.check_fraction("positions")
-        self.check_choice("executor", *EXECUTORS)
+        if not isinstance(self.search, SearchSettings):
+            raise ValueError(f"SubnetSearch.search must be SearchSettings(...), got {brief(self.search)}")
         if self.candidates != 0 and self.uniform:
             raise ValueError(
                 "SubnetSearch(uniform=True) has one width for all blocks and nothing to search; candidates=0"
@@ -155,21 +173,22 @@ def _refit(config: SubnetSearch) -> Refit | None:
 def _search(config: SubnetSearch) -> Search | None:
     if config.candidates == 0:
         return None
+    rare = config.search
     fits = PAPERS_POPULATION if config.candidates is None else max(4, config.candidates // GENERATIONS)
-    size = min(PAPERS_POPULATION, fits) if config.population is None else config.population
+    size = min(PAPERS_POPULATION, fits) if rare.population is None else rare.population
     evolution = Evolution(
         population=size,
-        mutations=size // 2 if config.mutations is None else config.mutations,
-        crossovers=3 * size // 10 if config.crossovers is None else config.crossovers,
-        parents=max(2, size // 10) if config.parents is None else config.parents,
-        generations=config.generations,
+        mutations=size // 2 if rare.mutations is None else rare.mutations,
+        crossovers=3 * size // 10 if rare.crossovers is None else rare.crossovers,
+        parents=max(2, size // 10) if rare.parents is None else rare.parents,
+        generations=rare.generations,
         masks=config.masks,
         seed=config.seed,
         max_candidates=config.candidates,
         max_seconds=config.seconds,
     )
-    where = (config.executor, config.workers)
-    return Search(evolution, config.samples, config.positions, config.depth, config.reform != "none", *where)
+    where = (rare.executor, rare.workers)
+    return Search(evolution, rare.samples, rare.positions, config.depth, config.reform != "none", *where)
 
 
 STRUCTURAL[SubnetSearch] = Structural(
