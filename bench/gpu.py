@@ -110,11 +110,12 @@ def commands() -> dict[str, list[str]]:
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
     steps = {
         "build": [*python, *install, str(ROOT)],
-        "tests": [*pytest, "-m", "gpu", "tests/test_gpu.py", "tests/test_kernels.py"],
+        "tests": [*pytest, "-m", "gpu", "tests/kernels/test_gpu.py", "tests/kernels/test_kernels.py"],
         "benchmarks": [sys.executable, "bench/gpu_benchmarks.py", str(MEASUREMENTS)],
     }
     if sanitizer := shutil.which("compute-sanitizer"):
-        native = [*pytest, "tests/test_gpu.py", "-k", "native_cuda_kernel and (anywhere or bfloat16) and not 33"]
+        some = "native_cuda_kernel and (anywhere or bfloat16) and not 33"
+        native = [*pytest, "tests/kernels/test_gpu.py", "-k", some]
         for tool in SANITIZERS:
             steps[tool] = [sanitizer, "--tool", tool, "--error-exitcode", "9", *native]
     return steps

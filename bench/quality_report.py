@@ -55,7 +55,7 @@ METHODS = {
     "LayerDrop by influence": "layers by influence",
     "LayerDrop, the last": "last layers",
     "SliceGPT": "SliceGPT",
-    "… weighed as published": "SliceGPT, published",
+    "… weighted as published": "SliceGPT, published",
     "PruneNet": "PruneNet",
     "… random": "PruneNet, random",
     "Magnitude": "magnitude",

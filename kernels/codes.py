@@ -60,7 +60,7 @@ def values_of(codes, scales, HALF: tl.constexpr, STORAGE: tl.constexpr):
 
 
 @triton.jit
-def _widen_kernel(
+def _dequantize_kernel(
     codes_ptr,
     scales_ptr,
     out_ptr,  # [R, n]
@@ -81,14 +81,14 @@ def _widen_kernel(
         tl.store(out_ptr + rows[:, None].to(tl.int64) * n + columns[None, :], values, mask=mask)
 
 
-def widened(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     """The matrix that int8 or int4 `codes` stand for, in the dtype of `scales`."""
     storage = storage_of(codes)
     shape = codes.shape[0], width_of(codes)
     out = torch.empty(shape, dtype=scales.dtype, device=codes.device)
     if out.numel():
         grid = (triton.cdiv(shape[0], 8), triton.cdiv(shape[1], 512))
-        _widen_kernel[grid](
+        _dequantize_kernel[grid](
             codes, scales, out, *shape, STORAGE=storage, HALVES=halves_of(storage), ROWS=8, WIDTH=512, num_warps=8
         )
     return out

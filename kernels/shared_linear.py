@@ -4,8 +4,8 @@ M tokens, N outputs, K inputs, k clusters, r rank; `S = k + r` rows of the stack
 skinny products are split over K, their partial sums lie in a float32 workspace and are added in a fixed order. Above it
 they are cuBLAS's. Pivots, whose part of the factor is the identity, are handled where the factor is read.
 
-Codes are widened where a few tokens read them. For many tokens they are widened once, into a workspace, for cuBLAS: a
-fused product would widen them again for each tile of tokens, and reaches less of the chip.
+Codes are dequantized where a few tokens read them. For many tokens they are dequantized once, into a workspace, for
+cuBLAS: a fused product would do so again for each tile of tokens, and reaches less of the chip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from pycompress.kernels.codes import columns_of, halves_of, load_codes, storage_of, values_of, widened, width_of
+from pycompress.kernels.codes import columns_of, dequantized, halves_of, load_codes, storage_of, values_of, width_of
 from pycompress.kernels.segments import group_by_label
 from pycompress.kernels.skinny import dependent, precision, skinny
 from torch import Tensor
@@ -291,7 +291,7 @@ def shared_linear_cuda(
     )
     if weight_scales is not None and (len(rows) > DECODE or x.dtype == torch.float64):
         assert factor_scales is not None
-        weight, factor = widened(weight, weight_scales), widened(factor, factor_scales)
+        weight, factor = dequantized(weight, weight_scales), dequantized(factor, factor_scales)
         weight_scales = factor_scales = None
     if x.dtype == torch.float64:
         return _in_double(x, weight, factor, labels, channels, bias, share_input)

@@ -24,9 +24,9 @@ def test_groups_of_settings_round_trip_and_say_where_a_setting_belongs(tmp_path)
     recipe = [SubnetSearch(0.6, candidates=8, search=SearchSettings(population=4, samples=64))]
     recipes.save(recipe, tmp_path / "r.yaml")
     assert recipes.load(tmp_path / "r.yaml") == recipe
-    with pytest.raises(ValueError, match="SubnetSearch has no setting 'population'.*population belongs to its search"):
+    with pytest.raises(ValueError, match=r"SubnetSearch has no setting 'population'.*population belongs to its search"):
         recipes.from_dict({"method": "SubnetSearch", "population": 4})
-    with pytest.raises(ValueError, match="SubnetSearch.search has no setting 'size'; it has samples, positions"):
+    with pytest.raises(ValueError, match=r"SubnetSearch\.search has no setting 'size'; it has samples, positions"):
         recipes.from_dict({"method": "SubnetSearch", "search": {"size": 4}})
     with pytest.raises(ValueError, match=r"SearchSettings.samples must be an integer of at least 2, got 1"):
         recipes.from_dict({"method": "SubnetSearch", "search": {"samples": 1}})

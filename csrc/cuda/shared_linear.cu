@@ -15,7 +15,7 @@ namespace pycompress::cuda {
 namespace {
 
 constexpr int MAX_SPLITS = 8;
-// Blocks a multiprocessor is to hold: widening codes and splitting float32 take registers.
+// Blocks a multiprocessor is to hold: dequantizing codes and splitting float32 take registers.
 template <class T, Storage S>
 constexpr int BLOCKS = S == Storage::FLOAT && sizeof(T) == 2 ? 2 : 1;
 constexpr int STAGED = 256;  // columns of a low-rank part that a block adds up for itself

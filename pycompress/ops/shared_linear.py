@@ -53,7 +53,7 @@ def shared_linear_ref(
     factor_scales: Tensor | None,
     share_input: bool,
 ) -> Tensor:
-    """Plain torch in the dtype of `x`; packed numbers are widened to it."""
+    """Plain torch in the dtype of `x`; packed numbers are dequantized to it."""
     if weight_scales is not None:
         weight = codes.dequantize(weight, weight_scales).to(x.dtype)
         factor = codes.dequantize(factor, factor_scales).to(x.dtype)

@@ -486,7 +486,7 @@ def _held(given: Any, exact: Any, like: Any, codes: bool, valid: bool) -> str | 
         return f"gave {list(result.shape)}, not {list(exact.shape)}"
     error = float((result.double() - exact).abs().max()) if exact.numel() else 0.0
     scale = float(exact.abs().max()) if exact.numel() else 1.0
-    # Codes are widened to float32, whatever x is.
+    # Codes are dequantized to float32, whatever x is.
     tolerance = max(TOLERANCE[like.dtype], 1e-6 if codes else 0.0)
     return None if error <= tolerance * max(scale, 1.0) else f"is off by {error} of {scale}"
 

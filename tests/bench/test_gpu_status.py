@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The CUDA kernels' numbers where there is no GPU: the same source, compiled for the host, run thread by thread.
 
-tests/cuda_on_host stands in for the CUDA runtime and for the PTX instructions. What it cannot show is speed, and what
-depends on threads that run at the same time: `make gpu` does.
+tests/csrc/cuda_on_host stands in for the CUDA runtime and for the PTX instructions. What it cannot show is speed, and
+what depends on threads that run at the same time: `make gpu` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pycompress.formats import codes as storage
 
 triton = pytest.importorskip("triton", reason="the CUDA headers come with Triton")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAND_INS = Path(__file__).parent / "cuda_on_host"
 HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 # An address not aligned, a shift too far or an index outside a local array stops the kernel.

@@ -20,7 +20,7 @@ from pycompress.methods.allocate import allocate
 from pycompress.methods.swsc import build, candidates, choose, compress, curve, problem
 from pycompress.nn.linear import SharedLinear
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def inputs(k, seed=0, tokens=600):

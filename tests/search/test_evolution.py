@@ -320,7 +320,7 @@ def test_damaged_state_is_refused(tmp_path):
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_search import SMALL, make_space, search, separable
+from test_evolution import SMALL, make_space, search, separable
 space = make_space()
 fitness = separable(space)[0]
 def evaluate(candidates):

@@ -51,7 +51,7 @@ def test_held_out_text_shares_no_paragraph_with_the_calibration_text():
 
 def test_the_split_is_the_same_in_every_process():
     # Run from its file: importing the whole package twice would take most of this suite's time.
-    source = Path(__file__).parents[1] / "pycompress" / "demo" / "text.py"
+    source = Path(__file__).parents[2] / "pycompress" / "demo" / "text.py"
     command = "import hashlib, runpy, sys; texts = runpy.run_path(sys.argv[1])['texts'](); "
     command += "print(hashlib.sha256(repr(texts).encode()).hexdigest())"
     digests = {

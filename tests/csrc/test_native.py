@@ -14,7 +14,7 @@ import torch
 from pycompress import _ext, ops
 from pycompress.ops.shared_linear import shared_linear_cuda_native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 native = pytest.mark.skipif(_ext.C is None, reason=f"no native module: {_ext.why}")
 
 

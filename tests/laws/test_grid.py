@@ -9,7 +9,7 @@ from pycompress import SWSC, LayerDrop, Prune, Random
 from pycompress import recipe as recipes
 from pycompress.laws.grid import load, parse
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sweep.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sweep.yaml"
 
 
 @pytest.fixture

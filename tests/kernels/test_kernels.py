@@ -161,12 +161,12 @@ def test_shared_linear_of_codes_in_float64_is_exact(share, storage):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_codes_are_widened_for_many_tokens_as_their_scales_say(storage, dtype):
-    from pycompress.kernels.codes import widened
+def test_codes_are_dequantized_for_many_tokens_as_their_scales_say(storage, dtype):
+    from pycompress.kernels.codes import dequantized
 
     coded, numbers = stored(packed((77, 160, 9, 32), "output", dtype, False), storage)
     for at, scales_at in ((0, 5), (1, 6)):
-        matrix = widened(coded[at], coded[scales_at])
+        matrix = dequantized(coded[at], coded[scales_at])
         assert matrix.dtype == dtype
         assert relative_error(matrix, numbers[at]) <= torch.finfo(dtype).eps
 

@@ -12,7 +12,7 @@ import pytest
 from pycompress import runs
 from pycompress.runs import Run
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def script(name):

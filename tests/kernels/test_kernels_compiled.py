@@ -166,7 +166,7 @@ def test_shared_linear_of_codes_fits_and_multiplies_on_tensor_cores(storage, cap
             given = layer(share, torch.bfloat16, True, sizes, storage=storage)
             shared_linear_cuda(x, *given, share == "input")
     check(launches, capability, tmp_path, ("_split_kernel",))
-    assert "_widen_kernel" in {kernel.__name__ for kernel, _, _ in launches}
+    assert "_dequantize_kernel" in {kernel.__name__ for kernel, _, _ in launches}
 
 
 @both

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -433,7 +434,7 @@ def runs(tmp_path_factory):
     """A folder with the outcomes of SCRIPT."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "run.py").write_text(SCRIPT)
-    tiny = os.path.join(os.path.dirname(__file__), "conftest.py")
+    tiny = str(Path(__file__).parents[1] / "conftest.py")
     done = subprocess.run(
         [sys.executable, folder / "run.py", tiny, folder],
         check=False,
