@@ -80,7 +80,7 @@ def test_input_weighting_beats_the_published_method_on_outputs(tiny_model):
     assert errors["inputs"] < errors["none"]
 
 
-def test_allocation_by_loss_spends_little_where_the_loss_feels_little(tiny_model):
+def test_allocation_by_loss_spends_little_where_the_loss_is_insensitive(tiny_model):
     model = tiny_model("LlamaForCausalLM")
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):

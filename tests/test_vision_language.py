@@ -238,3 +238,15 @@ def test_padding_beside_images_does_not_count(trained):
         pycompress.apply(changed, pycompress.SWSC(0.5, targets=(LANGUAGE,)), data, progress=False)
     for (name, expected), got in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
         torch.testing.assert_close(got, expected, msg=name)
+
+
+@pytest.mark.parametrize("targets", [(TOWER,), (LANGUAGE,), (TOWER, LANGUAGE)], ids=str)
+def test_the_decoders_total_counts_the_decoder_alone(targets):
+    """Bytes saved in the vision tower are saved in the file, not in the decoder's blocks."""
+    model = MODELS["LLaVA"][0]()
+    decoder = sum(t.nbytes for t in model.model.language_model.layers.state_dict().values())
+    report = pycompress.apply(model, Prune("magnitude", "2:4", targets=targets), progress=False)
+    language = [row for row in report.rows if row.name.startswith("model.language_model.")]
+    assert report.decoder.before == decoder
+    assert report.decoder.after == decoder - sum(row.before - row.after for row in language)
+    assert report.targets.before - report.targets.after == sum(row.before - row.after for row in report.rows)

@@ -318,7 +318,7 @@ def test_lloyd_gives_the_labels_and_inertia_of_float64_lloyd(iterations, monkeyp
     check_lloyd(blobs(2, 75, 10, 5), torch.stack([torch.arange(0, 55, 11), torch.arange(3, 58, 11)]), iterations)
 
 
-def test_lloyd_weighs_points():
+def test_lloyd_takes_weights_of_points():
     weights = torch.rand(2, 75, generator=torch.Generator().manual_seed(5))
     weights[:, ::9] = 0
     check_lloyd(blobs(2, 75, 10, 5), torch.stack([torch.arange(0, 55, 11), torch.arange(3, 58, 11)]), 6, weights)

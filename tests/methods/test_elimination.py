@@ -75,7 +75,7 @@ def test_elimination_is_greedy_and_its_error_is_that_of_a_refit(problem):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_elimination_weighs_outputs(problem, full):
+def test_elimination_takes_weights_of_outputs(problem, full):
     inputs, weight = problem
     factor = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     cost = factor @ factor.T if full else torch.diag(factor[0].square())

@@ -154,7 +154,7 @@ def test_low_rank_of_either_side_is_a_form_of_codes_and_one_of_floats():
         assert [form.kind for form in plain["int4"]].count("int8") == 1
 
 
-def test_a_matrix_that_the_loss_feels_takes_eight_bits_and_pays_for_them_elsewhere():
+def test_a_matrix_that_the_loss_is_sensitive_to_takes_eight_bits_and_pays_for_them_elsewhere():
     weights = {name: normal(192, 128, seed).bfloat16() for seed, name in enumerate("abcdefgh")}
     statistics, config = Statistics(inputs(128), 600), SWSC(storage="int4", weighting="inputs")
     curves = {name: curve(weight, statistics, config) for name, weight in weights.items()}

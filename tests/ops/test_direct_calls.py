@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pycompress import _ext
 from pycompress.formats.zeros import pack24, pack_bitmap
-from pycompress.ops import bitmap_linear, shared_linear, sparse24_linear, subnet_linear
+from pycompress.ops import _library, bitmap_linear, shared_linear, sparse24_linear, subnet_linear
 
 TORCH = torch.Generator().manual_seed(0)
 N, K, RANK = 12, 16, 3
@@ -47,6 +48,19 @@ def _without_gradients():
 
 def test_the_direct_way_gives_the_product(op: str) -> None:
     torch.testing.assert_close(OPS[op](X), EXPECTED[op])
+
+
+@pytest.mark.skipif(_ext.C is None, reason="the native module is not built")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nobody_looking_on_the_kernel_is_called_straight(
+    op: str, mode: Callable[[], torch.no_grad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher takes longer than a token of a small layer; with gradients it is asked."""
+    monkeypatch.setattr(_library, "dispatch", lambda *arguments: pytest.fail("the dispatcher was asked"))
+    with mode():
+        torch.testing.assert_close(OPS[op](X), EXPECTED[op])
+    with torch.enable_grad(), pytest.raises(pytest.fail.Exception):
+        OPS[op](X)
 
 
 def test_a_dispatch_mode_sees_the_op(op: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from pycompress.calibration.stream import Stream
 from pycompress.checkpoint import Checkpoint
 from pycompress.structural.least_squares import DAMPINGS
-from pycompress.structural.refit import Moments, Readers, refit_reader
+from pycompress.structural.refit import HELD_OUT, Moments, Readers, refit_linears, refit_reader
 
 PATHS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
 BATCHES = [{"input_ids": torch.randint(0, 96, (1, length))} for length in (40, 24, 32, 24)]
@@ -91,3 +91,30 @@ def test_a_reader_is_refitted_with_the_damping_that_held_out_tokens_choose(bias)
     expected = solved(both, chosen)
     torch.testing.assert_close(linear.weight.detach().double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
     assert error == pytest.approx(missed(both, expected) / float((both @ whole.T).norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [8, 40])
+def test_linears_are_refitted_with_the_damping_that_held_out_tokens_choose(chunk):
+    """Few tokens of noisy aims: what fits them best is not what serves others."""
+    generator = torch.Generator().manual_seed(3)
+    tokens, inputs = 80, 48
+    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
+    start = torch.randn(6, inputs, generator=generator, dtype=torch.float64)
+    y = x @ start.T + 4 * torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
+    linear = torch.nn.Linear(inputs, 6, bias=False)
+    linear.weight = torch.nn.Parameter(start.float())
+    pairs = [(a.float(), (b.float(),)) for a, b in zip(x.split(chunk), y.split(chunk), strict=True)]
+    refit_linears([linear], pairs, tokens)
+
+    def solved(count, damping):
+        ridge = np.sqrt(damping * float(x[:count].square().sum()) / inputs)
+        left = np.concatenate([x[:count].numpy(), ridge * np.eye(inputs)])
+        right = np.concatenate([y[:count].numpy(), ridge * start.T.numpy()])
+        return scipy.linalg.lstsq(left, right)[0].T
+
+    # Chunks that begin in the first three quarters are fitted, the others held out.
+    first = sum(chunk for begin in range(0, tokens, chunk) if begin < (1 - HELD_OUT) * tokens)
+    missed = {d: np.linalg.norm(x[first:].numpy() @ solved(first, d).T - y[first:].numpy()) for d in DAMPINGS}
+    chosen = min(missed, key=missed.get) if first < tokens else 1e-2
+    assert (chosen != 1e-2) == (first < tokens)
+    np.testing.assert_allclose(linear.weight.detach().double().numpy(), solved(tokens, chosen), rtol=1e-3, atol=1e-4)

@@ -187,7 +187,7 @@ def test_bases_are_the_principal_directions_of_what_the_sliced_network_gives(tin
     np.testing.assert_allclose(angles, np.linalg.svd(after.T @ vectors, compute_uv=False), atol=1e-5)
 
 
-def test_slicing_what_the_loss_feels_least_changes_the_loss_less(tiny_model):
+def test_slicing_what_the_loss_is_least_sensitive_to_changes_the_loss_less(tiny_model):
     dense = tiny_model("OPTForCausalLM")
     expected = logits_of(dense)
     errors = {}
