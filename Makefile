@@ -4,17 +4,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LOWEST := .venv-lowest
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 NVCC := $(shell command -v nvcc 2>/dev/null)
 # A GPU machine may bring its own torch: without a .venv, the GPU commands use the Python that is there.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test fuzz quality cuda bench performance gpu gpu-status docs clean
+.PHONY: help setup demo test test-fast test-lowest fuzz quality cuda bench performance gpu gpu-status docs clean
 
 help:
 	@echo "make setup       create .venv and install pycompress with everything it is tested with"
 	@echo "make demo        compress a real model, reload it in a new process, print one table"
-	@echo "make test        run the tests"
+	@echo "make test        run all tests"
+	@echo "make test-fast   run those of the daily loop, in two minutes"
+	@echo "make test-lowest apply, save and load on the lowest versions that pyproject.toml allows"
 	@echo "make fuzz        random calls of the ops, PYCOMPRESS_FUZZ=4000 of each"
 	@echo "make quality     formatters, linters, types; compile the CUDA sources where nvcc is"
 	@echo "make bench       time each op against its peers, write bench/results/<cpu>.json"
@@ -35,6 +38,17 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --numprocesses=auto --dist=loadfile
+
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -m "not slow" --numprocesses=auto --dist=loadfile
+
+test-lowest: $(INSTALLED)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt pytest \
+	  numpy pyyaml safetensors torch tqdm transformers typer
+	$(LOWEST)/bin/python -m pip list | grep -iE "^(numpy|pyyaml|safetensors|torch|tqdm|transformers|typer) "
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=. $(LOWEST)/bin/python -m pytest -q -o addopts=--import-mode=importlib \
+	  tests/hub/test_roundtrip.py tests/test_recipe.py
 
 fuzz: $(INSTALLED)
 	PYCOMPRESS_FUZZ=$${PYCOMPRESS_FUZZ:-4000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz_*.py -q -s
