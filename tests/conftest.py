@@ -26,7 +26,7 @@ from pycompress.nn.weights import dense_weight
 from pycompress.surgery.replace import replace
 
 # Ray gives its workers what other processes leave of the cores, which is nothing while tests run on all of them.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 COMMON = {"vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GQA = {
