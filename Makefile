@@ -24,13 +24,13 @@ help:
 	@echo "make performance render docs/performance.md and its plots from bench/results"
 	@echo "make gpu         on a GPU: build, test, benchmark, write bench/results/<gpu>.json"
 	@echo "make gpu-status  kernels that changed since their GPU figures were taken"
-	@echo "make docs        check the links and paths the documentation names"
+	@echo "make docs        build the site into build/docs, check links and paths"
 
 setup: $(INSTALLED)
 
 $(INSTALLED): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev,plot,laws]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev,docs,plot,laws]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -86,8 +86,10 @@ gpu:
 gpu-status:
 	$(GPU_PYTHON) bench/gpu.py status
 
-docs:
-	$(PYTHON) docs/check_links.py
+docs: $(INSTALLED)
+	$(BIN)/python docs/check_links.py
+	TERM=dumb $(BIN)/python -m typer pycompress.cli utils docs --name pycompress --output docs/api/cli.md
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 clean:
 	rm -rf build pycompress.egg-info pycompress/_C*.so

@@ -38,15 +38,47 @@ def apply(
 ) -> Report:
     """Compress a Hugging Face causal LM in place, and report what it cost and saved.
 
-    `recipe`: a config such as `SWSC(keep=0.5)`, a list of them, a method's name, or a YAML path. `calibration`: texts
-    or conversations (with a `tokenizer`), ids `[B, T]`, batches (a dict, BatchEncoding or DataLoader), a dataset or
-    DataFrame with a column text, messages or input_ids. Padding does not count: what `attention_mask` masks is left
-    out. `bos`: whether a BOS goes before each window of text, None for what the tokenizer does. `checkpoint`: a
-    directory in which progress is kept; the same call after an interruption goes on from there to the same bits, and
-    one with another `keep` reuses what was measured. An error or interruption leaves the model as it was, and any call
-    leaves modes, hooks, random generators and torch's settings so; autocast and the default dtype do not reach it.
-    Raises `ValueError` or `TypeError` for a recipe, model or calibration that cannot be used, before anything is
-    changed, and `ValueError` for activations that are not finite, naming where they come from.
+    An error or interruption leaves the model as it was, and any call leaves modes, hooks, random generators and torch's
+    settings so; autocast and the default dtype do not reach it.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, or one beside a vision tower.
+    recipe
+        A config such as `SWSC(keep=0.5)`, a list of them, a method's name, or a YAML path.
+    calibration
+        Texts or conversations (with a `tokenizer`), ids `[B, T]`, batches (a dict, BatchEncoding or DataLoader), a
+        dataset or DataFrame with a column text, messages or input_ids. Padding does not count: what `attention_mask`
+        masks is left out. None for methods that need none.
+    tokenizer
+        The model's own; for texts and conversations.
+    checkpoint
+        A directory in which progress is kept; the same call after an interruption goes on from there to the same bits,
+        and one with another `keep` reuses what was measured.
+    progress
+        Whether bars are shown.
+    bos
+        Whether a BOS goes before each window of text; None for what the tokenizer does.
+
+    Returns
+    -------
+    Report
+        A row a module, and totals.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a recipe, model or calibration that cannot be used, before anything is changed; `ValueError` for activations
+        that are not finite, naming where they come from.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> model = tiny_model("LlamaForCausalLM")
+    >>> report = pycompress.apply(model, pycompress.RTN(bits=4, group_size=32), progress=False)
+    >>> len(report.rows)
+    14
     """
     with neutral(), evaluation(model):
         return _apply(model, recipe, calibration, tokenizer, checkpoint, progress, bos)

@@ -32,19 +32,32 @@ LONGEST_STEM = 120
 class TrajectoryTracker(TrainerCallback):
     """Records weight magnitudes while a model trains, and sums them up to an importance.
 
-    After record n, `importance()` gives for each tracked weight, of its shape and in float32,
-    `Σ_{l=0..k} |w(n-l)| (n-l) / Σ_{l=0..k} (n-l)`: the weight's own unit, later records counting more.
+    After record n, `importance()` gives for each tracked weight, of its shape and in float32, `Σ_{l=0..k} |w(n-l)|
+    (n-l) / Σ_{l=0..k} (n-l)`: the weight's own unit, later records counting more. It is a callback of
+    `transformers.Trainer`, or `tracker.update(model)` in a loop of one's own. The Trainer's checkpoints carry the
+    records (`trajectory-….safetensors`) and resuming from one goes on with them. Each process of a sharded run records
+    its own shards.
 
-    A callback of `transformers.Trainer`, or `tracker.update(model)` in a loop of one's own. `every`: "epoch", or a
-    number of optimiser steps between two records. `window`: k, how many records before the last count; None for all of
-    them, which takes one float32 sum a weight; k takes k + 1 copies of the weights in their dtype. `signed`: averages
-    the weights themselves, and takes the magnitude of the average. `targets`: patterns over module names, as in
-    "*.q_proj"; None for every linear layer. `storage`: "device" keeps records where the weights are, "cpu" in memory,
-    any other value is a folder for memory-mapped files.
+    Parameters
+    ----------
+    window
+        k, how many records before the last count; None for all of them, which takes one float32 sum a weight; k takes
+        k + 1 copies of the weights in their dtype.
+    every
+        "epoch", or a number of optimiser steps between two records.
+    signed
+        Averages the weights themselves, and takes the magnitude of the average.
+    targets
+        Patterns over module names, as in "model.layers.0.*"; None for every linear layer.
+    storage
+        "device" keeps records where the weights are, "cpu" in memory; any other value is a folder for memory-mapped
+        files.
 
-    The Trainer's checkpoints carry the records (`trajectory-….safetensors`) and resuming from one goes on with them.
-    Each process of a sharded run records its own shards. Raises ValueError for settings out of range, for targets that
-    match nothing, and for weights whose shape is another than at the first record.
+    Raises
+    ------
+    ValueError
+        For settings out of range, targets that match nothing, and weights whose shape is another than at the first
+        record.
 
     Reference: arXiv:2502.17071.
     """

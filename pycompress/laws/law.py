@@ -69,7 +69,7 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A fit to `fitted` runs judged on `tested` others: the mean of |predicted - measured| / measured.
+    """A fit to `fitted` runs judged on `tested` others: the mean of `|predicted - measured| / measured`.
 
     `kind`: "ratios" above `above`, or the "model" called `model`.
     """

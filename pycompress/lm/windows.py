@@ -48,12 +48,40 @@ def token_windows(
     count: int = 64,
     bos: bool | None = None,
 ) -> list[Tensor]:
-    """At most `count` whole windows of a text as ids `[1, P + window]`, the `P` ids of a BOS first.
+    """At most `count` whole windows of a text as ids.
 
-    `window`: None for 512 tokens, or for what fits the model's positions where those are fewer. `bos`: as in
-    `tokenise`. The windows do not overlap and are spread evenly over the text; with enough `count` they are
-    consecutive. A text shorter than one window gives itself. Raises `ValueError` as `tokenise` does, and for a window
-    out of range.
+    The windows do not overlap and are evenly distributed over the text; with enough `count` they are consecutive. A
+    text shorter than one window gives itself.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model of transformers and its tokenizer.
+    text
+        The text.
+    window
+        Ids a window; None for 512, or for what fits the model's positions where those are fewer.
+    count
+        Windows at most.
+    bos
+        None for what the tokenizer itself puts before a text, True for a BOS in any case, False for nothing.
+
+    Returns
+    -------
+    list of Tensor
+        `[1, P + window]` int64 each, the `P` ids of a BOS first.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two tokens, ids that the model's vocabulary lacks, and a window out of range.
+
+    Examples
+    --------
+    >>> from pycompress.measure import token_windows
+    >>> windows = token_windows(tiny_model("LlamaForCausalLM", vocab_size=300), byte_tokenizer, "a b c d" * 9, window=8)
+    >>> tuple(windows[0].shape)
+    (1, 8)
     """
     if count < 1:
         raise ValueError(f"count must be at least 1 window, got {count}")

@@ -6,12 +6,32 @@ from torch import Tensor
 
 
 def relative_output_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
-    """‖(W − Ŵ) X‖ / ‖W X‖ in the Frobenius norm, from `gram = X Xᵀ` alone.
+    """`‖(W − Ŵ) X‖ / ‖W X‖` in the Frobenius norm, from `gram = X Xᵀ` alone, in float64.
 
-    `weight`, `approximation`: `[N, K]`, any floating dtype. `gram`: `[K, K]`, the layer's input second moments (any
-    positive scale); without it the inputs count as white and the error is that of the weights. Computed in float64.
-    A weight whose output is zero has error 0 if the approximation agrees and infinity otherwise.
-    Raises `ValueError` when the shapes do not match.
+    Parameters
+    ----------
+    weight, approximation
+        `[N, K]`, any floating dtype.
+    gram
+        `[K, K]`, the layer's input second moments (any positive scale); without it the inputs count as white and the
+        error is that of the weights.
+
+    Returns
+    -------
+    float
+        0 for a weight whose output is zero if the approximation agrees, infinity otherwise.
+
+    Raises
+    ------
+    ValueError
+        When the shapes do not match.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycompress.measure import relative_output_error
+    >>> relative_output_error(torch.eye(2), 0.5 * torch.eye(2))
+    0.5
     """
     if weight.shape != approximation.shape:
         raise ValueError(f"weight is {tuple(weight.shape)} but its approximation is {tuple(approximation.shape)}")

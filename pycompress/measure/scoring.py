@@ -29,16 +29,40 @@ def perplexity(
 ) -> float:
     """exp of the mean cross-entropy, in nats a token, over all predicted tokens of `text`.
 
-    `text`: a text, or several in any form that `apply` takes texts in, joined. It is tokenised without special tokens
-    and cut into consecutive windows of `window` ids (None: 512, or what fits the model's positions); the last may be
-    shorter. What the tokenizer itself puts before a text (of most a BOS, of Qwen's nothing) goes before each window, so
-    that its first token is predicted too; `bos`: True for a BOS in any case, False for none. `stride < window` moves
-    the window by `stride` ids and scores only the ids the previous windows have not scored. `max_windows` stops early.
     Cross-entropy is in fp32 and autocast does not reach it; logits exist for a slice of tokens at a time.
 
-    Returns infinity when the mean exceeds what exp can hold, and NaN when the model gives NaN.
-    Raises `ValueError` for a window or stride out of range, for a text of fewer than two tokens, for a tokenizer
-    whose ids the model lacks, and for a model that does more to its logits than this function knows.
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model of transformers and its tokenizer.
+    text
+        A text, or several in any form that `apply` takes texts in, joined; tokenised without special tokens.
+    window
+        Ids of the consecutive windows it is cut into, the last may be shorter; None for 512, or what fits the model's
+        positions. What the tokenizer itself puts before a text (of most a BOS, of Qwen's nothing) goes before each.
+    stride
+        Moves the window by fewer ids than it has, and scores only those that the previous windows have not scored.
+    max_windows
+        Stops early.
+    bos
+        True for a BOS in any case, False for none.
+
+    Returns
+    -------
+    float
+        Infinity when the mean exceeds what exp can hold, and NaN when the model gives NaN.
+
+    Raises
+    ------
+    ValueError
+        For a window or stride out of range, a text of fewer than two tokens, a tokenizer whose ids the model lacks, and
+        a model that does more to its logits than this function knows.
+
+    Examples
+    --------
+    >>> from pycompress.measure import perplexity
+    >>> perplexity(tiny_model("LlamaForCausalLM", vocab_size=300), byte_tokenizer, "to be or not to be", window=8) > 1
+    True
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows must be at least 1, got {max_windows}")

@@ -65,9 +65,31 @@ def measure_speed(
 ) -> Speed:
     """Speed of one model on the device it is on: static cache, warmed up, greedy, CUDA graphs on a GPU.
 
-    `prompt` random ids a sequence, then `new_tokens` decode steps. `compile` puts the decode step through
-    `torch.compile` as one graph, which takes up to minutes and fuses what lies between the linear layers. Raises
-    `ValueError` for a number below 1 and for more positions than the model has, and what `torch.compile` raises.
+    Parameters
+    ----------
+    model
+        A model of transformers, on the device it is to run on.
+    batch
+        Sequences.
+    prompt
+        Random ids a sequence.
+    new_tokens
+        Greedy decode steps after it.
+    repeats
+        Runs, of which the medians count.
+    compile
+        Put the decode step through `torch.compile` as one graph, which takes up to minutes and fuses what lies between
+        the linear layers.
+
+    Returns
+    -------
+    Speed
+        Seconds, tokens a second, bytes.
+
+    Raises
+    ------
+    ValueError
+        For a number below 1, and for more positions than the model has; what `torch.compile` raises.
     """
     return compare_speed({"model": model}, batch, prompt, new_tokens, repeats, compile)["model"]
 
@@ -82,8 +104,31 @@ def compare_speed(
 ) -> dict[str, Speed]:
     """Speed of several models, run in turns (A B A B), so that a machine that slows down slows all of them.
 
-    All models must be loaded; `peak_bytes` on one device includes the others' weights. Arguments and errors as
-    `measure_speed`.
+    Parameters
+    ----------
+    models
+        Models of transformers by name, all loaded; `peak_bytes` on one device includes the others' weights.
+    batch
+        Sequences.
+    prompt
+        Random ids a sequence.
+    new_tokens
+        Greedy decode steps after it.
+    repeats
+        Runs, of which the medians count.
+    compile
+        Put the decode step through `torch.compile` as one graph, which takes up to minutes and fuses what lies between
+        the linear layers.
+
+    Returns
+    -------
+    dict of str to Speed
+        Seconds, tokens a second, bytes.
+
+    Raises
+    ------
+    ValueError
+        For a number below 1, and for more positions than the model has; what `torch.compile` raises.
     """
     for name, value in (("batch", batch), ("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats)):
         if value < 1:

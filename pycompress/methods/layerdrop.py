@@ -14,10 +14,27 @@ ORDERS = ("influence", "last")
 
 @dataclass(frozen=True)
 class LayerDrop(StructuralConfig):
-    """Drop whole decoder blocks.
+    """Drop whole decoder blocks, as many as `keep` asks for.
 
-    `keep`: kept parameters over the targets' parameters, in (0, 1]; as many blocks stay as fit. `order`: "influence"
-    drops the blocks whose output is most like their input, "last" the last ones. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+    order
+        "influence" drops the blocks whose output is most like their input, "last" the last ones.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2403.03853 (block influence); arXiv:2305.14864 (the last ones).
     """

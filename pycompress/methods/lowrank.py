@@ -16,8 +16,31 @@ from pycompress.recipe import Config
 class LowRank(Config):
     """`Ŵ = U V`, optimal for the layer's outputs on the calibration data, or for its weights.
 
-    `keep`: kept bytes over the targets' bytes, in (0, 1]. `weighting`: as in `SWSC`. `rank`: the same rank for
-    every target in place of `keep`. `allocation`, `pivot`, `storage`: as in `SWSC`. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept bytes over the targets' bytes, in (0, 1].
+    weighting
+        As in `SWSC`.
+    rank
+        The same rank for every target, in place of `keep`.
+    allocation, pivot, storage
+        As in `SWSC`.
+    targets
+        Roles of linears ("q", "down") or patterns over module names; None for every linear of the decoder blocks.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.LowRank(rank=16).needs_calibration
+    True
+
+    Reference: the truncated SVD in the metric of the inputs (Eckart and Young, 1936).
     """
 
     keep: float = 0.8

@@ -22,12 +22,33 @@ BOUND = 40.0
 
 @dataclass(frozen=True)
 class PruneNet(StructuralConfig):
-    """Remove MLP channels, the same share of every block, without calibration data.
+    """Remove MLP channels, as many of every block, without calibration data; the paper's `keep` counts MLP channels.
 
-    `policy`: "random" chooses uniformly; "learned" trains one policy for all blocks, which reads a channel's row of the
-    gate matrix (of `up` where there is no gate) and is rewarded for small Kolmogorov-Smirnov distances between the
-    singular values of that matrix before and after. `episodes`: passes over all blocks. `keep`: kept parameters over
-    the targets' parameters, in (0, 1], where the paper counts MLP channels. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+    policy
+        "random" chooses uniformly; "learned" trains one policy for all blocks, which reads a channel's row of the gate
+        matrix (of `up` where there is no gate) and is rewarded for small Kolmogorov-Smirnov distances between the
+        singular values of that matrix before and after.
+    episodes
+        Passes over all blocks.
+    seed
+        Of the policy and its choices.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2501.15296.
     """

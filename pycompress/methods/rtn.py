@@ -16,8 +16,28 @@ from pycompress.recipe import Config
 class RTN(Config):
     """Round each weight to the nearest of `2**bits` evenly spaced values between its group's least and greatest.
 
-    A group is `group_size` weights of a row, or the whole row for None. The model keeps ordinary linear layers with
-    the rounded values; bytes are counted as if they were packed, with a 16-bit scale and zero a group.
+    The model keeps ordinary linear layers with the rounded values; bytes are counted as if they were packed, with a
+    16-bit scale and zero a group.
+
+    Parameters
+    ----------
+    bits
+        From 1 to 8.
+    group_size
+        Weights of a row that share a scale; None for the whole row.
+    targets
+        Roles of linears ("q", "down") or patterns over module names; None for every linear of the decoder blocks.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.RTN(bits=4, group_size=64).to_dict()
+    {'method': 'RTN', 'targets': None, 'bits': 4, 'group_size': 64}
 
     Reference: the baseline of arXiv:2501.08631, table 1.
     """

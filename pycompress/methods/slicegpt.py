@@ -18,10 +18,19 @@ DAMPING = 1e-2
 class SliceGPT(ShrinkConfig):
     """Rotate the residual stream into a basis where the last directions matter least, and slice them.
 
-    `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]; the products on the shortcuts
-    count as kept. `round_to`: the width of the stream is a multiple of it (by default 64 where the hidden size is at
-    least 2048, else 8). `weighting`: "loss" slices what the loss is least sensitive to, "none" the directions with the
-    least energy (published). Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1]; products on the shortcuts count as kept.
+    round_to
+        The width of the stream is a multiple of it; None for 64 where the hidden size is at least 2048, else 8.
+    weighting
+        "loss" slices what the loss is least sensitive to, "none" the directions with the least energy (published).
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2401.15024.
     """

@@ -31,14 +31,38 @@ LEVELS = 256
 class Prune(Config):
     """Set the weights of least importance to zero, and store what stays.
 
-    `score`: "magnitude"; "wanda", |W_ij| √(mean x_j²), compared within each row; "sparsegpt", whose remaining weights
-    compensate for those that go; "trajectory", importance along training, read from the folder `trajectory` that
-    `TrajectoryTracker.save` wrote. Wanda and SparseGPT see the inputs that the linears before give once pruned.
-    `pattern`: "unstructured"; "N:M", N weights kept of every M consecutive inputs of a row; "channels", whole coupled
-    rows and columns, by the structural method of that score. `sparsity`: share of zeros, in (0, 1); of "channels", of
-    parameters that go. `rate`, in its place, with "magnitude" and "trajectory": weights whose importance is below
-    `std(|W|) * rate` go. `scope`: "layer", each matrix for itself, or "global", one threshold or one share of zeros
-    over all targets, which Wanda and SparseGPT allocate by the loss. Raises ValueError on other values.
+    Wanda and SparseGPT see the inputs that the linears before give once pruned.
+
+    Parameters
+    ----------
+    score
+        "magnitude"; "wanda", `|W_ij| √(mean x_j²)`, compared within each row; "sparsegpt", whose remaining weights
+        compensate for those that go; "trajectory", importance along training.
+    pattern
+        "unstructured"; "N:M", N weights kept of every M consecutive inputs of a row; "channels", whole coupled rows
+        and columns, by the structural method of that score.
+    sparsity
+        Share of zeros, in (0, 1); of "channels", of parameters that go.
+    rate
+        In its place, with "magnitude" and "trajectory": weights whose importance is below `std(|W|) * rate` go.
+    scope
+        "layer", each matrix for itself, or "global", one threshold or one share of zeros over all targets, which
+        Wanda and SparseGPT allocate by the loss.
+    trajectory
+        The folder that `TrajectoryTracker.save` wrote.
+    targets
+        Roles of linears ("q", "down") or patterns over module names; None for every linear of the decoder blocks.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.Prune("sparsegpt", "2:4").keep
+    0.5
 
     Reference: arXiv:2306.11695 (Wanda), arXiv:2301.00774 (SparseGPT), arXiv:2502.17071 (trajectory and rate).
     """

@@ -22,7 +22,10 @@ PARTS = ("mlp", "attention", "kv_heads")
 class ShrinkConfig(Config, abstract=True):
     """What every method that makes the dense matrices themselves smaller is told; these go first in a recipe.
 
-    `keep`: kept parameters over the parameters of the decoder blocks' linears, in (0, 1]. Raises ValueError on others.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
     """
 
     keep: float = 0.8
@@ -42,11 +45,23 @@ class ShrinkConfig(Config, abstract=True):
 class StructuralConfig(ShrinkConfig, abstract=True):
     """What every method that removes channels or blocks is told.
 
-    `keep`: as in `ShrinkConfig`. `parts`: of a block, where units may go: "mlp" (channels), and either "attention"
-    (channels, of every head as many) or "kv_heads" (whole key-value heads, each with the query heads that read it).
-    `round_to`: widths of MLPs are multiples of it (by default 64 where a quarter of the channels is as many), those of
-    heads of 8 at most. `uniform`: the same widths for all blocks, so that transformers loads the saved model without
-    pycompress. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
     """
 
     parts: tuple[str, ...] = ("mlp",)

@@ -35,10 +35,27 @@ GENERATIONS = 4  # that a number of candidates is divided into
 class SearchSettings(Checked):
     """The rare settings of a `SubnetSearch` that goes on by evolution.
 
-    Candidates are scored on the first `samples` calibration tokens, at a share `positions` of them. `population`:
-    candidates of a generation, None for the paper's 100 or, where those are fewer, a quarter of all; `mutations`,
-    `crossovers` and `parents` of a generation, None for the paper's half, 3 of 10, and 1 of 10 but two at least;
-    `generations`: at most. `executor`: "local", or "ray" with `workers`. Raises ValueError on other values.
+    Parameters
+    ----------
+    samples
+        Candidates are scored on the first so many calibration tokens.
+    positions
+        At a share of them, in (0, 1].
+    population
+        Candidates of a generation; None for the paper's 100 or, where those are fewer, a quarter of all.
+    mutations, crossovers, parents
+        Of a generation; None for the paper's half, 3 of 10, and 1 of 10 but two at least.
+    generations
+        At most.
+    executor
+        "local", or "ray".
+    workers
+        Of "ray".
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2409.17372, section 3.3.
     """
@@ -64,18 +81,57 @@ class SearchSettings(Checked):
 class SubnetSearch(StructuralConfig):
     """Inherit the channels whose removal the others can least compensate for, and refit what reads them.
 
-    `importance`: "elimination" removes channels one after the other, each time those that cost the least once the
-    others have compensated for them; "phi" takes the paper's scores, which look at each channel alone. `allocation`:
-    "uniform" keeps the same share of every block, "loss" spends one budget where the elimination's error says it saves
-    most. `reform`: "exact" least squares, "admm" the paper's iteration, "none". `sequential`: refit on the inputs that
-    the pruned blocks give, else on the dense model's. `refit`: "readers" are the linears that read removed channels,
-    "block" every linear, the others towards what their remaining rows gave in the dense model; it needs `sequential`,
-    because on dense inputs they give that already.
+    From there evolution may go on, by the perplexity of refitted candidates.
 
-    From there evolution goes on, by the perplexity of refitted candidates. `candidates`: how many it may try, 0 for
-    none, None for as many as the generations hold; `seconds`: how long it may take. `masks`: "nested" searches widths
-    and depth, "important" and "free" index sets too. `depth`: whether blocks may be dropped. `seed`: of the search,
-    whose other settings are `search`. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+    importance
+        "elimination" removes channels one after the other, each time those that cost the least once the others have
+        compensated for them; "phi" takes the paper's scores, which look at each channel alone.
+    allocation
+        "uniform" keeps the same share of every block, "loss" spends one budget where the elimination's error says it
+        saves most.
+    reform
+        "exact" least squares, "admm" the paper's iteration, "none".
+    sequential
+        Refit on the inputs that the pruned blocks give, else on the dense model's.
+    refit
+        "readers" are the linears that read removed channels, "block" every linear, the others towards what their
+        remaining rows gave in the dense model; it needs `sequential`, as on dense inputs they give that already.
+    candidates
+        How many the search may try: 0 for no search, None for as many as the generations hold.
+    seconds
+        How long it may take.
+    masks
+        "nested" searches widths and depth, "important" and "free" index sets too.
+    depth
+        Whether blocks may be dropped.
+    seed
+        Of the search.
+    search
+        Its other settings.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.SubnetSearch(0.65).candidates
+    0
+    >>> searched = pycompress.SubnetSearch(0.65, candidates=60, search=pycompress.SearchSettings(population=15))
 
     Reference: arXiv:2409.17372.
     """

@@ -26,19 +26,45 @@ REFINEMENTS = 3
 class SWSC(Config):
     """Channels of a weight share centroids, plus a low-rank correction: `Ŵ = C[labels] + U V`.
 
-    `keep`: kept bytes over the targets' bytes, in (0, 1]. `share`: "output" (rows), "input" (columns) or "auto", the
-    better of the two for each matrix. `weighting`: "inputs" minimises the error of the outputs on calibration data,
-    "loss" weights each output by its sensitivity besides, "none" minimises the error of the weights, as
-    published. `clusters`, `rank`: fixed for every target; what is left None is chosen
-    for each matrix by its error at equal bytes. `allocation`: "loss" allocates one budget to the targets by what a
-    byte saves of the loss, "error" by what it saves of the relative output error (as "loss" does where there is no
-    calibration), "uniform" gives each target its own share. `pivot`: store the factor in r² fewer numbers. `storage`:
-    "bf16" (of a bfloat16 model), "int8" with a scale a row, "int4" with a scale for each 64 numbers of a row, or int8
-    where a matrix is better served by it; None for floats of the weights' own dtype. `seed`: of K-means. Raises
-    ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept bytes over the targets' bytes, in (0, 1].
+    share
+        Whose channels share: "output" (rows), "input" (columns) or "auto", the better of the two for each matrix.
+    weighting
+        Which error is least: "inputs", of the outputs on calibration data; "loss", of the outputs, each weighted by
+        its sensitivity; "none", of the weights, as published.
+    clusters
+        Centroids of every target; None to choose for each matrix by its error at equal bytes.
+    rank
+        Rank of every target's correction; None as above.
+    allocation
+        "loss" allocates one budget to the targets by what a byte saves of the loss, "error" by what it saves of the
+        relative output error (as "loss" does without calibration), "uniform" gives each target its own share.
+    pivot
+        Store the factor in r² fewer numbers.
+    storage
+        "bf16" (of a bfloat16 model), "int8" with a scale a row, "int4" with a scale for each 64 numbers of a row, or
+        int8 where a matrix is better served by it; None for floats of the weights' own dtype.
+    seed
+        Of K-means.
+    targets
+        Roles of linears ("q", "down") or patterns over module names; None for every linear of the decoder blocks.
 
-    Reference: arXiv:2501.08631, section 3; `SWSC(weighting="none", share="output", clusters=k, rank=r, pivot=False)`
-    is the published method.
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.SWSC(keep=0.25, storage="int4").storage
+    'int4'
+    >>> published = pycompress.SWSC(weighting="none", share="output", clusters=16, rank=8, pivot=False)
+
+    Reference: arXiv:2501.08631, section 3; the published method is the second example.
     """
 
     keep: float = 0.8

@@ -11,11 +11,27 @@ from pycompress.methods.structural import STRUCTURAL, Group, Member, Structural,
 
 @dataclass(frozen=True)
 class TrajectoryChannels(StructuralConfig):
-    """Remove the units whose weights' importances along training have the least sum of squares, as `Magnitude` does of
-    the weights.
+    """Remove the units whose weights' importances along training have the least sum of squares.
 
-    `keep`: kept parameters over the targets' parameters, in (0, 1]. `trajectory`: the folder that
-    `TrajectoryTracker.save` wrote. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+    trajectory
+        The folder that `TrajectoryTracker.save` wrote.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2502.17071 for the importance.
     """

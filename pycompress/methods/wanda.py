@@ -15,7 +15,23 @@ from pycompress.methods.structural import STRUCTURAL, Group, Structural, Structu
 class Wanda(StructuralConfig):
     """Remove the units whose channels count least in what reads them: `Σ |W_ij| ‖x_j‖`, the same share of every block.
 
-    `keep`: kept parameters over the targets' parameters, in (0, 1]. Raises ValueError on other values.
+    Parameters
+    ----------
+    keep
+        Kept parameters over those of the decoder blocks' linears, in (0, 1].
+    parts
+        Where units may go: "mlp" (channels), and either "attention" (channels, as many of every head) or "kv_heads"
+        (whole key-value heads, each with the query heads that read it).
+    round_to
+        Widths of MLPs are multiples of it, those of heads of 8 at most; None for 64 where a quarter of the channels is
+        as many.
+    uniform
+        The same widths for all blocks, so that transformers loads the saved model without pycompress.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
 
     Reference: arXiv:2306.11695, summed over the columns of a unit as in arXiv:2312.11983's Wanda-sp.
     """

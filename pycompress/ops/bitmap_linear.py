@@ -121,11 +121,32 @@ torch.library.register_autograd("pycompress::bitmap_linear", _backward, setup_co
 def bitmap_linear(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, unpack_bitmap(values, bitmap, offsets, K), bias)`, without the dense weight on the CPU.
 
-    `x [..., K]`, any layout, float32, bfloat16 or float16; `values [count]` and `bias [N]` of its dtype; `bitmap
-    [N, 8 * ceil(K / 64)]` uint8, zero past bit K; `offsets [ceil(N / 16) + 1]` int32, which agree with the bits. Gives
-    `[..., N]` in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`.
-    Differentiable in x, values and bias. Raises ValueError on sizes and bits that do not fit, TypeError on dtypes, and
-    IndexError on offsets that disagree with the bits.
+    Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in x, values and bias.
+
+    Parameters
+    ----------
+    x
+        `[..., K]`, any layout, float32, bfloat16 or float16.
+    values, bias
+        `[count]` and `[N]` of its dtype.
+    bitmap
+        `[N, 8 * ceil(K / 64)]` uint8, zero past bit K.
+    offsets
+        `[ceil(N / 16) + 1]` int32, which agree with the bits.
+
+    Returns
+    -------
+    Tensor
+        `[..., N]` in the dtype of `x`, accumulated in float32.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit and bits past the last column.
+    TypeError
+        For dtypes that differ.
+    IndexError
+        For offsets that disagree with the bits.
     """
     if autocasts(x):
         x, values, bias = autocast(x, values, bias)

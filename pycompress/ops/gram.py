@@ -65,7 +65,30 @@ _op = register(
 def gram(x: Tensor, h: Tensor | None = None) -> Tensor:
     """Inner products of the rows of `x`, in the metric `h` where one is given.
 
-    `x [..., n, d]`; `h [..., d, d]` symmetric, its leading sizes those of `x` or none. Gives `[..., n, n]`, float32
-    (float64 for float64), exactly symmetric. Raises ValueError on other shapes or devices and TypeError on integers.
+    Parameters
+    ----------
+    x
+        `[..., n, d]`, floating.
+    h
+        `[..., d, d]` symmetric, its leading sizes those of `x` or none.
+
+    Returns
+    -------
+    Tensor
+        `[..., n, n]`, float32 (float64 for float64), exactly symmetric.
+
+    Raises
+    ------
+    ValueError
+        For other shapes or devices.
+    TypeError
+        For integers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycompress.ops import gram
+    >>> gram(torch.tensor([[3.0, 4.0]]))
+    tensor([[25.]])
     """
     return dispatch(_op, x, h)

@@ -170,9 +170,27 @@ _lloyd_points = register(
 def kmeans_plus_plus(gram: Tensor, uniforms: Tensor, weights: Tensor | None = None) -> Tensor:
     """Seeds by k-means++: each drawn with probability proportional to weight times squared distance to the nearest.
 
-    `gram [B, n, n]`; `uniforms` in [0, 1), `[B, k]`, or `[B, k, T]` for T trials a seed of which the one with the least
-    inertia is kept; `weights [B, n]`, not negative. Gives seeds `[B, k]`, int64. When no distance is left (duplicates)
-    the lowest index not yet taken is the next seed. Raises ValueError on other shapes or k > n.
+    When no distance is left (duplicates) the lowest index not yet taken is the next seed.
+
+    Parameters
+    ----------
+    gram
+        `[B, n, n]`.
+    uniforms
+        In [0, 1), `[B, k]`, or `[B, k, T]` for T trials a seed of which the one with the least inertia is kept.
+    weights
+        `[B, n]`, not negative.
+
+    Returns
+    -------
+    Tensor
+        Seeds `[B, k]` int64.
+
+    Raises
+    ------
+    ValueError
+        For other shapes or k > n.
+
     Reference: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
     """
     return dispatch(_kmeans_plus_plus, gram, uniforms, weights)
@@ -181,10 +199,34 @@ def kmeans_plus_plus(gram: Tensor, uniforms: Tensor, weights: Tensor | None = No
 def lloyd(gram: Tensor, seeds: Tensor, iterations: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lloyd's K-means from given seeds, on the Gram matrix of the points.
 
-    `gram [B, n, n]`, `seeds [B, k]` int64, `weights [B, n]` not negative. Gives labels `[B, n]` int64 and inertia `[B]`
-    float32, the weighted sum of squared distances to the final labels' own means. Ties go to the lowest label; an
-    empty cluster is reseeded at the farthest point. Stops early when no label changes. Raises ValueError on other
-    shapes and IndexError on seeds that are no points. Reference: Lloyd, "Least squares quantization in PCM", 1982.
+    Ties go to the lowest label; an empty cluster is reseeded at the farthest point. Stops early when no label changes.
+
+    Parameters
+    ----------
+    gram
+        `[B, n, n]`.
+    seeds
+        `[B, k]` int64.
+    iterations
+        At most.
+    weights
+        `[B, n]`, not negative.
+
+    Returns
+    -------
+    labels : Tensor
+        `[B, n]` int64.
+    inertia : Tensor
+        `[B]` float32, the weighted sum of squared distances to the final labels' own means.
+
+    Raises
+    ------
+    ValueError
+        For other shapes.
+    IndexError
+        For seeds that are no points.
+
+    Reference: Lloyd, "Least squares quantization in PCM", 1982.
     """
     return dispatch(_lloyd, gram, seeds, iterations, weights)
 
@@ -207,11 +249,46 @@ def kmeans(
     restarts: int = 1,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K-means with greedy k-means++ seeding, the best of `restarts` runs by inertia.
+    """K-means with greedy k-means++ seeding, the best of `restarts` runs by inertia; the same seed gives the same bits.
 
-    Give `x [B, n, d]` or `gram [B, n, n]`, the B optional; `weights [B, n]` likewise. Gives labels `[B, n]` int64 and
-    inertia `[B]` float32. The same seed gives the same bits. Raises ValueError unless exactly one of `x` and `gram` is
-    given, 1 <= clusters <= n and 1 <= restarts <= MOST_RESTARTS.
+    Parameters
+    ----------
+    x
+        Points `[B, n, d]`, the B optional; or
+    gram
+        their Gram matrix `[B, n, n]`.
+    clusters
+        From 1 to n.
+    seed
+        Of the seeding.
+    iterations
+        Lloyd's, at most.
+    restarts
+        From 1 to 64.
+    weights
+        Of the points, `[B, n]`, not negative.
+
+    Returns
+    -------
+    labels : Tensor
+        `[B, n]` int64.
+    inertia : Tensor
+        `[B]` float32, the weighted sum of squared distances to the labels' means.
+
+    Raises
+    ------
+    ValueError
+        Unless exactly one of `x` and `gram` is given and the counts are in range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycompress.ops import kmeans
+    >>> labels, inertia = kmeans(torch.tensor([[0.0], [0.1], [9.0]]), clusters=2)
+    >>> bool(labels[0] == labels[1] != labels[2])
+    True
+
+    Reference: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
     """
     data = x if gram is None else gram
     if data is None or (x is not None and gram is not None):

@@ -174,11 +174,36 @@ def lowrank(
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of `(I - Π) G (I - Π)`, Π averaging within labels; of `G` when there are none.
 
-    `gram [B, n, n]` symmetric, the B optional; `labels [B, n]` int64 below `clusters`; `iterations` blocks in the
-    Krylov space, of `rank + oversample` columns each (32 more by default). Gives `u [B, n, rank]` with orthonormal
-    columns and eigenvalues `[B, rank]` in falling order, float32 (float64 for float64). Columns past n are zero. Takes
-    a full eigendecomposition when the space would be too large to pay. Raises ValueError on other shapes, a negative
-    rank or one far above n, and what is not finite, IndexError on labels without a cluster.
+    Takes a full eigendecomposition when the Krylov space would be too large to pay.
+
+    Parameters
+    ----------
+    gram
+        G `[B, n, n]` symmetric, the B optional.
+    rank
+        Pairs.
+    labels, clusters
+        `[B, n]` int64 below `clusters`.
+    seed
+        Of the start.
+    iterations
+        Blocks in the Krylov space, of `rank + oversample` columns each.
+    oversample
+        None for 32.
+
+    Returns
+    -------
+    u : Tensor
+        `[B, n, rank]` with orthonormal columns, float32 (float64 for float64); columns past n are zero.
+    values : Tensor
+        `[B, rank]` in falling order.
+
+    Raises
+    ------
+    ValueError
+        For other shapes, a negative rank or one far above n, and what is not finite.
+    IndexError
+        For labels without a cluster.
     """
     check_tensors({"gram": gram}, {"labels": labels})
     if gram.dim() == 2:
@@ -203,11 +228,41 @@ def truncated_svd(x: Tensor, rank: int, seed: int = 0, iterations: int = 12) -> 
     """Leading singular vectors and values, `x ≈ u diag(s) vᵀ`, without a Gram matrix.
 
     For a matrix whose Gram matrix serves nothing else, and a rank well below its sides; where the Gram matrix is there,
-    `lowrank` on it is cheaper. `x [..., n, d]`; `iterations` blocks of `max(16, rank / 2)` columns in the Krylov space,
-    each at the cost of two products with `x`: 12 leave an error within 0.1% of the least one also where the spectrum is
-    flat, 6 do where it decays. Gives `u [..., n, rank]`, `s [..., rank]` falling and `v [..., d, rank]`, float32
-    (float64 for float64), the columns of the shorter side orthonormal. Past the rank of `x`, columns may be zero.
-    Raises ValueError on other shapes and a negative rank, TypeError on integers.
+    `lowrank` on it is cheaper.
+
+    Parameters
+    ----------
+    x
+        `[..., n, d]`, floating.
+    rank
+        Values.
+    seed
+        Of the start.
+    iterations
+        Blocks of `max(16, rank / 2)` columns in the Krylov space, each at the cost of two products with `x`: 12 leave
+        an error within 0.1% of the least one also where the spectrum is flat, 6 do where it decays.
+
+    Returns
+    -------
+    u, s, v : Tensor
+        `[..., n, rank]`, `[..., rank]` falling and `[..., d, rank]`, float32 (float64 for float64), the columns of the
+        shorter side orthonormal. Past the rank of `x`, columns may be zero.
+
+    Raises
+    ------
+    ValueError
+        For other shapes and a negative rank.
+    TypeError
+        For integers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycompress.ops import truncated_svd
+    >>> u, s, v = truncated_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
+    >>> round(float(s[0]), 3)
+    3.0
+
     Reference: Musco and Musco, arXiv:1504.05477, algorithm 2.
     """
     check_tensors({"x": x})

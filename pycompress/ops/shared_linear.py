@@ -386,13 +386,40 @@ def shared_linear(
 ) -> Tensor:
     """Apply a packed linear layer to `x` without restoring its weight.
 
-    `x [..., K]`, any layout, float32, bfloat16 or float16; `weight` and `factor` as in the module's docstring, of the
-    dtype of `x` or both int8 or both int4 codes as in `pycompress.storage`, which come with `weight_scales` and
-    `factor_scales` in the dtype of `x`; `labels` int16 or int32, `[N]` for share="output", `[K]` for "input", None
-    when k = 0; `channels` of the same length and type, None for a whole factor; `bias [N]`. Gives `[..., N]` in the
-    dtype of `x`, accumulated in float32. Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in
-    x, bias, and weight and factor that are not codes. Raises ValueError on sizes that do not fit, on several devices
-    and on channels that are no permutation, TypeError on dtypes that differ, IndexError on labels without a cluster.
+    Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in x, bias, and weight and factor that
+    are not codes.
+
+    Parameters
+    ----------
+    x
+        `[..., K]`, any layout, float32, bfloat16 or float16.
+    weight, factor
+        As in the module's docstring, of the dtype of `x`, or both int8 or both int4 codes as in `formats.codes`.
+    labels
+        int16 or int32, `[N]` for share="output", `[K]` for "input", None when k = 0.
+    channels
+        Of the same length and type, None for a whole factor.
+    bias
+        `[N]`.
+    weight_scales, factor_scales
+        Of codes, in the dtype of `x`.
+    share
+        "output" or "input".
+
+    Returns
+    -------
+    Tensor
+        `[..., N]` in the dtype of `x`, accumulated in float32.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit, several devices, and channels that are no permutation.
+    TypeError
+        For dtypes that differ.
+    IndexError
+        For labels without a cluster.
+
     Reference: arXiv:2501.08631, section 3.
     """
     if share not in ("output", "input"):

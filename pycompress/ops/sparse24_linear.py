@@ -176,10 +176,28 @@ torch.library.register_autograd("pycompress::sparse24_linear", _backward, setup_
 def sparse24_linear(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, unpack24(values, positions), bias)`, without the dense weight on the CPU.
 
-    `x [..., K]`, any layout, float32, bfloat16 or float16; `values [N, K / 2]` and `bias [N]` of its dtype; `positions
-    [N, K / 8]` uint8. Gives `[..., N]` in the dtype of `x`, accumulated in float32. Under `torch.autocast` all take its
-    dtype, as in `F.linear`. Differentiable in x, values and bias. Raises ValueError on sizes that do not fit and on
-    positions that do not ascend, TypeError on dtypes.
+    Under `torch.autocast` all take its dtype, as in `F.linear`. Differentiable in x, values and bias.
+
+    Parameters
+    ----------
+    x
+        `[..., K]`, any layout, float32, bfloat16 or float16.
+    values, bias
+        `[N, K / 2]` and `[N]` of its dtype.
+    positions
+        `[N, K / 8]` uint8.
+
+    Returns
+    -------
+    Tensor
+        `[..., N]` in the dtype of `x`, accumulated in float32.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit and positions that do not ascend.
+    TypeError
+        For dtypes that differ.
     """
     if autocasts(x):
         x, values, bias = autocast(x, values, bias)

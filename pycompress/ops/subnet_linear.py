@@ -133,13 +133,40 @@ def subnet_linear(
 ) -> Tensor:
     """`F.linear(x, weight[rows][:, columns], bias[rows])`, without a copy of the weight on the CPU.
 
-    `x [..., m]`, any layout, float32, bfloat16 or float16; `weight [N, K]` and `bias [N]` of its dtype; `rows [n]` and
-    `columns [m]` int64, in any order, also repeated, None for all. Gives `[..., n]` in the dtype of `x`, accumulated in
-    float32. The weight is read in place when its rows or its columns are contiguous: a prefix `W[:n, :k]`, a transpose;
-    other layouts are copied first. For few tokens, contiguous rows are read whole whatever the columns, so the weights
-    of the others must be finite, and contiguous columns are read whole whatever the rows. Under `torch.autocast` all
-    take its dtype, as in `F.linear`. Differentiable in x, weight and bias. Raises ValueError on sizes that do not fit,
-    TypeError on dtypes, and IndexError on indices outside the weight.
+    The weight is read in place when its rows or its columns are contiguous: a prefix `W[:n, :k]`, a transpose; other
+    layouts are copied first. For few tokens, contiguous rows are read whole whatever the columns, so the weights of the
+    others must be finite, and contiguous columns are read whole whatever the rows. Under `torch.autocast` all take its
+    dtype, as in `F.linear`. Differentiable in x, weight and bias.
+
+    Parameters
+    ----------
+    x
+        `[..., m]`, any layout, float32, bfloat16 or float16.
+    weight, bias
+        `[N, K]` and `[N]` of its dtype.
+    rows, columns
+        `[n]` and `[m]` int64, in any order, also repeated, None for all.
+
+    Returns
+    -------
+    Tensor
+        `[..., n]` in the dtype of `x`, accumulated in float32.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit.
+    TypeError
+        For dtypes that differ.
+    IndexError
+        For indices outside the weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycompress.ops import subnet_linear
+    >>> subnet_linear(torch.ones(1, 2), torch.eye(3), rows=torch.tensor([2, 0]), columns=torch.tensor([0, 2]))
+    tensor([[1., 1.]])
     """
     if autocasts(x):
         x, weight, bias = autocast(x, weight, bias)

@@ -141,36 +141,77 @@ def recover(
 ) -> Recovery:
     """Train a compressed causal LM in place for `tokens` tokens, on transformers' Trainer, also under torchrun.
 
-    `dataset`: texts or conversations (with a `tokenizer`; cut into windows of `window` ids, by default 512 or what fits
-    the model, each after what the tokenizer puts before a text; `bos`: True for a BOS in any case, False for none),
-    token windows `[N, T]` int64, batches, or a map-style dataset whose items have `input_ids` `[T]` and may have
-    `labels` `[T]`, -100 for what is not predicted. What an `attention_mask` masks is left out. Rows are drawn by
-    `seed`, and again when all were seen, which is warned of.
-    A step takes `batch_size` rows, times `gradient_accumulation` and the number of processes; steps are whole.
-
-    `method`: "lora" trains adapters of `lora_rank` on the linears that `lora_targets` names (roles or patterns, None:
-    every ordinary linear of the blocks) and merges them into the weights, arXiv:2106.09685. "factors" trains what
-    packed layers hold in floats: centroids, factors, biases. "full" trains every float parameter. Labels, codes and
-    rounded weights stay as they are. `keep_zeros`, with "full": zeros in the blocks' linears stay zeros. `lr`: AdamW's
-    at its peak, by default 5e-4, 5e-5 and 1e-4 for "lora", "full" and "factors"; `warmup`: the fraction of the steps
-    that rises to it; `scheduler`: a name of transformers' SchedulerType.
-
-    `teacher`: a model with the same vocabulary, such as the dense one, on any device; the loss is then `(1 -
-    distill_weight)` times the cross-entropy plus `distill_weight` times `temperature²` times the divergence from the
-    teacher's `distill_top_k` likeliest tokens and all others as one class.
-
-    `precision` of the arithmetic: "float32", or "bfloat16" by autocast; None takes bfloat16 on a GPU that has it. What
-    trains is held in float32 and goes back to its own dtype in the end. `train`: further `TrainingArguments`, as such
-    or as a dict. The model goes to the Trainer's device and stays there.
-
-    `output_dir` holds the Trainer's checkpoints, every `save_steps` (a tenth of the steps), with the trained parameters
-    in safetensors and a hash of every file; one recovery at a time writes there. After a kill, load the model again and
-    repeat the call: it goes on from the last checkpoint and ends with the same bits.
-
     An error or Ctrl-C leaves the model valid, with the parameters that train as the last step made them. However the
     call ends, all else is as before: modes, `requires_grad`, hooks, gradient checkpointing, random generators, the
-    environment; autocast, `no_grad` and the default dtype do not reach it. Raises `ValueError` or `TypeError` for what
-    cannot be used, before the model is changed, and `ImportError` without accelerate or peft.
+    environment; autocast, `no_grad` and the default dtype do not reach it. The model goes to the Trainer's device and
+    stays there.
+
+    Parameters
+    ----------
+    model
+        A model of transformers, compressed or not.
+    dataset
+        Texts or conversations (with a `tokenizer`), token windows `[N, T]` int64, batches, or a map-style dataset whose
+        items have `input_ids` `[T]` and may have `labels` `[T]`, -100 for what is not predicted. What an
+        `attention_mask` masks is left out. Rows are drawn by `seed`, and again when all were seen, which is warned of.
+    tokens
+        To train on; steps are whole.
+    method
+        "lora" trains adapters and merges them into the weights; "factors" trains what packed layers hold in floats:
+        centroids, factors, biases; "full" trains every float parameter. Labels, codes and rounded weights stay.
+    lr
+        AdamW's at its peak; None for 5e-4, 1e-4 and 5e-5 of "lora", "factors" and "full".
+    tokenizer
+        The model's own; for texts and conversations.
+    window
+        Ids that texts are cut into; None for 512 or what fits the model.
+    bos
+        Whether a BOS goes before each window; None for what the tokenizer does.
+    batch_size, gradient_accumulation
+        Rows of a step: their product, times the number of processes.
+    warmup
+        The fraction of the steps in which the learning rate rises to its peak.
+    weight_decay, scheduler
+        AdamW's, and a name of transformers' SchedulerType.
+    seed
+        Of the rows and the adapters.
+    precision
+        Of the arithmetic: "float32", or "bfloat16" by autocast; None for bfloat16 on a GPU that has it. What trains is
+        held in float32 and goes back to its own dtype in the end.
+    lora_rank, lora_targets
+        Of the adapters: their rank, and the linears by roles or patterns, None for every ordinary linear of the blocks.
+    keep_zeros
+        With "full": zeros in the blocks' linears stay zeros.
+    teacher
+        A model with the same vocabulary, such as the dense one, on any device; the loss is then `(1 - distill_weight)`
+        times the cross-entropy plus `distill_weight` times `temperature²` times the divergence from the teacher's
+        `distill_top_k` likeliest tokens and all others as one class.
+    distill_weight, temperature, distill_top_k
+        As said of `teacher`.
+    train
+        Further `TrainingArguments`, as such or as a dict.
+    output_dir
+        Holds the Trainer's checkpoints, with the trained parameters in safetensors and a hash of every file; one
+        recovery at a time writes there. After a kill, load the model again and repeat the call: it goes on from the
+        last checkpoint and ends with the same bits.
+    save_steps
+        Between two checkpoints; None for a tenth of the steps.
+    progress
+        Whether a bar is shown.
+
+    Returns
+    -------
+    Recovery
+        The losses, tokens and seconds.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For what cannot be used, before the model is changed.
+    ImportError
+        Without accelerate, or without peft for "lora".
+
+    Reference: arXiv:2106.09685 (LoRA).
     """
     _check_count("tokens", tokens)
     _check_installed(method)

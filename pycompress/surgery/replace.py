@@ -86,11 +86,29 @@ def replace(model: nn.Module, name: str, packed: Packed) -> None:
 
 
 def use_dense_kernel(model: nn.Module, enabled: bool = True) -> int:
-    """Multiply the model's ordinary linear layers by this package's dense CPU kernel; gives how many layers changed.
+    """Multiply the model's ordinary linear layers by this package's dense CPU kernel.
 
     Every `nn.Linear`, the head too, changes its class in place and keeps its parameters; what is saved stays the same.
-    `enabled=False` goes back to torch's product. Worth it in 16 bits on a CPU that has no products of its own for them
-    (`pycompress speed FOLDER --dense-kernel` compares); a GPU's product is torch's either way.
+    Worth it in 16 bits on a CPU that has no products of its own for them (`pycompress speed FOLDER --dense-kernel`
+    compares); a GPU's product is torch's either way.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    enabled
+        False to go back to torch's product.
+
+    Returns
+    -------
+    int
+        How many layers changed.
+
+    Examples
+    --------
+    >>> import pycompress
+    >>> pycompress.use_dense_kernel(tiny_model("LlamaForCausalLM"))
+    15
     """
     given, wanted = (nn.Linear, KernelLinear) if enabled else (KernelLinear, nn.Linear)
     found = [module for module in model.modules() if type(module) is given]
