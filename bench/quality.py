@@ -134,13 +134,14 @@ ROWS += (
 )
 
 
-ALWAYS = ("api", "calibrate", "sensitivity")
-PACKING = ("allocate", "formats", "storage")
-PACKING += tuple(f"methods/{name}" for name in ("registry", "rounding", "channels", "forms", "pricing"))
-ZEROING = (*PACKING, "methods/sparsegpt")
-SLICING = ("slicing", "rotate", "skeleton")
-SEARCHING = ("search", "candidates", "evolve")
-PRUNING = ("prune", "widths", "reform", "refit", "shrink", "methods/structural", "methods/importance")
+ALWAYS = ("api", "packing/packing", "calibration/batches", "calibration/gradients", "calibration/stream")
+PACKING = ("formats/codes", "formats/packed", "methods/allocate")
+PACKING += tuple(f"methods/{name}" for name in ("registry", "_gptq", "_channels", "_forms", "_pricing"))
+ZEROING = (*PACKING, "methods/_sparsegpt")
+SLICING = ("structural/slicing", "surgery/rotate", "hub/skeleton")
+SEARCHING = ("search/space", "search/evolution", "structural/encoding", "structural/evaluator", "structural/evolve")
+PRUNING = tuple(f"structural/{name}" for name in ("pruning", "ranking", "widths", "least_squares", "refit"))
+PRUNING += ("surgery/shrink", "methods/structural", "methods/_elimination")
 
 
 def sources(config: Config | None, search: bool = True) -> str:

@@ -75,6 +75,7 @@ def run(tmp_path, directory, write, where="after"):
     return code.returncode, torch.load(out) if out.exists() else None
 
 
+@pytest.mark.slow
 def test_killed_at_three_points_and_resumed_the_bits_are_the_same(tmp_path):
     code, expected = run(tmp_path, "whole", 0)
     assert code == 0

@@ -1,4 +1,4 @@
-"""Public names are those written here, each has its place on the site; examples give what they say, the tutorial runs."""
+"""Public names are those written here, each has its place on the site; examples give what they say."""
 
 import doctest
 import importlib

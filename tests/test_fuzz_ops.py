@@ -12,6 +12,8 @@ import torch
 
 from pycompress import ops
 
+pytestmark = pytest.mark.slow
+
 FUZZ = Path(__file__).parent / "fuzz"
 # Random calls of each registered op, and a quarter as many of each public function.
 CALLS = int(os.environ.get("PYCOMPRESS_FUZZ", "40"))

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "fuzz" / "saved.py"
 CASES = 500 if os.environ.get("PYCOMPRESS_FUZZ") else 80
 

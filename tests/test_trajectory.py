@@ -206,6 +206,7 @@ def _sharded(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shards_are_followed_and_put_together(tmp_path):
     torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
     found = torch.load(tmp_path / "whole.pt")

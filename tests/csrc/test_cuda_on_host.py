@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pycompress.formats import codes as storage
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="the CUDA headers come with Triton")
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +229,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize(("share", "stored", "sizes", "pivoted"), FORMS)
 def test_shared_linear_agrees_with_float64(

@@ -55,6 +55,7 @@ def test_levels_this_processor_lacks_are_refused() -> None:
             _ext.C.set_isa(level)
 
 
+@pytest.mark.slow
 @native
 def test_environment_chooses_the_level() -> None:
     code = "from pycompress import _ext; print(_ext.C.isa())"
@@ -151,6 +152,7 @@ def _build(root: Path, environment: dict[str, str], *arguments: str) -> subproce
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 @pytest.mark.parametrize(
     ("environment", "reason"),
@@ -169,6 +171,7 @@ def test_a_build_that_cannot_be_made_is_one_sentence(tmp_path: Path, environment
     assert reason in (tmp_path / "pycompress" / "_C.why").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 def test_only_a_build_in_place_touches_the_checkouts_module(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")

@@ -13,6 +13,8 @@ from pycompress.demo.evaluate import opening
 from pycompress.demo.show import TableRow, plot, table
 from pycompress.demo.text import texts
 
+pytestmark = pytest.mark.slow
+
 SMALL = DemoSettings(
     cases=(Case(0.6),),
     window=48,

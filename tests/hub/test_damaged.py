@@ -18,6 +18,8 @@ from pycompress.nn.linear import BitmapLinear, PackedLinear, ZerosLinear
 from pycompress.nn.weights import dense_weight
 from pycompress.surgery.replace import replace
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
 RECIPES = {
     "float": SWSC(clusters=6, rank=5, share="output", weighting="none"),

@@ -78,6 +78,7 @@ print(json.dumps(outcome))
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_that_imports_pycompress_restores_every_architecture_bit_for_bit(saved, every_architecture):
     done = _run(RELOAD, saved)
     assert done.returncode == 0, done.stderr
@@ -116,6 +117,7 @@ def one_module_each(tmp_path_factory, tiny_model, pack_by_hand) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_without_the_import_nothing_loads_even_with_one_module_compressed(saved, one_module_each, every_architecture):
     done = _run(WITHOUT, saved, one_module_each)
     assert done.returncode == 0, done.stderr
@@ -245,6 +247,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_loading_code_replaces_the_import_for_those_who_trust_it(saved, tmp_path, monkeypatch, token_ids):
     directory = tmp_path / "model"
     shutil.copytree(saved / "LlamaForCausalLM", directory)

@@ -12,6 +12,8 @@ import torch
 import pycompress
 from pycompress import RTN, SWSC, LowRank, Prune
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 97, (4, 24), generator=torch.Generator().manual_seed(1))
 RECIPES = {
     "swsc": SWSC(0.6),

@@ -14,6 +14,8 @@ from pycompress.architectures.model import KEPT_ROTARY
 from pycompress.hub import record, skeleton
 from pycompress.surgery.shrink import shrink
 
+pytestmark = pytest.mark.slow
+
 DERIVED_WIDTH = {"OPTForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"}
 CASES = ["all", "depth", "alike_mlp", "alike_heads", "alike"]
 NOT_PLAIN = {(name, case) for name in DERIVED_WIDTH for case in ("alike_heads", "alike")} | {
@@ -42,12 +44,14 @@ def _logits(model, token_ids):
         return model(token_ids).logits
 
 
+@pytest.mark.slow
 def test_a_new_process_restores_every_model_bit_for_bit_and_generates_the_same(saved, reload_all):
     outcome = reload_all(saved, "with")
     assert set(outcome) == {directory.name for directory in saved.iterdir()}
     assert {name: found for name, found in outcome.items() if found} == {}
 
 
+@pytest.mark.slow
 def test_where_pycompress_is_not_installed_plain_models_load_and_others_never_do(saved, every_architecture, reload_all):
     outcome = reload_all(saved, "without")
     plain = {f"{name}-{case}" for name in every_architecture for case in CASES if _is_plain(name, case)}

@@ -20,6 +20,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from pycompress import _ext  # noqa: E402
 from pycompress.formats.codes import scales_shape, stored_shape  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 POINTERS = {
     torch.float16: "*fp16",

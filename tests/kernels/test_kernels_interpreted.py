@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 KERNELS = Path(__file__).with_name("test_kernels.py")
 
 pytest.importorskip("triton", reason="the kernels need Triton")

@@ -169,6 +169,7 @@ sweep.sweep(load(sys.argv[1]), sys.argv[2], device="cpu", progress=False)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_repeating_or_losing_a_run(place):
     grid(place)
     script = place / "script.py"

@@ -299,6 +299,7 @@ def test_after_an_epoch_of_fine_tuning_every_zero_is_exactly_zero(tiny_model, tm
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.slow
 def test_recovery_trains_the_values_keeps_the_zeros_and_refuses_adapters(tiny_model):
     for kind, (recipe, _) in KINDS.items():
         model = tiny_model("Qwen2ForCausalLM").bfloat16()
@@ -370,6 +371,7 @@ def test_damaged_files_are_refused(tiny_model, tmp_path, kind, part, spoil, mess
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_saved_pruned_models_reload_and_generate_in_a_new_process(tiny_model, tmp_path, save_expected, reload_all):
     for kind, (recipe, _) in KINDS.items():
         model = tiny_model("Gemma3ForCausalLM")

@@ -83,6 +83,7 @@ def tall(seed=0):
     return model.bfloat16()
 
 
+@pytest.mark.slow
 def test_every_linear_of_a_gemma_block_loses_less_than_by_rounding_to_nearest_in_its_bytes():
     for name, (weight, gram) in gemma_block(1).items():
         rounded = nearest(weight)

@@ -446,6 +446,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_killed_run_goes_on_to_the_same_bits(method, runs):
     resumed, whole = (load_file(runs / f"{name}.safetensors") for name in (method, f"{method}-whole"))

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from pycompress import recover
 from pycompress.lm.state import HOOKS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="recovery needs peft: pip install pycompress[recover]")
 
 WINDOWS = (torch.arange(17) + torch.arange(40)[:, None]) % 90 + 3

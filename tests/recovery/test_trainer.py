@@ -13,6 +13,8 @@ from pycompress import recover
 from pycompress._files import alone, read_json, write_json
 from pycompress.recovery.trainer import HASHES, RecoveryTrainer, checkpoints_in
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="recovery needs peft: pip install pycompress[recover]")
 
 WINDOWS = (torch.arange(17) + torch.arange(40)[:, None]) % 90 + 3

@@ -331,6 +331,7 @@ search(space, evaluate, SMALL, folder={folder!r}, progress=False)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_result(tmp_path):
     code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -333,10 +333,12 @@ def saved(tmp_path_factory, deep_model, every_architecture, save_expected):
     return root
 
 
+@pytest.mark.slow
 def test_a_new_process_restores_every_model_and_generates_the_same(saved, reload_all, every_architecture):
     assert reload_all(saved, "with") == {class_name: [] for class_name in every_architecture}
 
 
+@pytest.mark.slow
 def test_without_pycompress_no_sliced_model_loads(saved, reload_all, every_architecture):
     outcome = reload_all(saved, "without")
     assert set(outcome) == set(every_architecture)
