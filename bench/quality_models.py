@@ -1,8 +1,8 @@
 """Perplexity of any model at 4.5 bits a weight, ours beside RTN and NF4: `python bench/quality_models.py FOLDER …`.
 
-The protocol of bench/quality.py: WikiText-2 raw test, its first windows of 512 tokens after what the tokenizer puts before
-a text, 64 windows of the validation text for calibration, both from the folder PYCOMPRESS_DATA; weights in bfloat16, scored
-in float32. Every linear of the decoder blocks, scales counted.
+The protocol of bench/quality.py: WikiText-2 raw test, its first windows of 512 tokens after what the tokenizer puts
+before a text, 64 windows of the validation text for calibration, both from the folder PYCOMPRESS_DATA; weights in
+bfloat16, scored in float32. Every linear of the decoder blocks, scales counted.
 """
 
 from __future__ import annotations

@@ -214,15 +214,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_why", [] { return PYCOMPRESS_CUDA_WHY; });
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def("gram", gram, unlocked);
-  m.def("kmeans_plus_plus", kmeans_plus_plus, unlocked);
-  m.def("lloyd", lloyd, unlocked);
-  m.def("centre", centre, unlocked);
-  m.def("shared_linear", shared_linear, unlocked);
-  m.def("shared_linear_gather", shared_linear_gather, unlocked);
-  m.def("subnet_linear", subnet_linear, unlocked);
-  m.def("sparse24_linear", sparse24_linear, unlocked);
-  m.def("bitmap_linear", bitmap_linear, unlocked);
+#define PYCOMPRESS_DEF(level, op, arguments) m.def(#op, op, unlocked);
+  PYCOMPRESS_OPS(PYCOMPRESS_DEF, )
+#undef PYCOMPRESS_DEF
 #ifdef PYCOMPRESS_CUDA
   m.def("shared_linear_cuda", shared_linear_cuda, unlocked);
   m.def("shared_linear_cuda_parts", cuda::parts_needed);

@@ -39,31 +39,25 @@ bool has_avx512vbmi2() { return has_avx512() && __builtin_cpu_supports("avx512vb
 bool has_avx512bf16() { return has_avx512vbmi2() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define PYCOMPRESS_LEVEL_KERNELS(level)                                        \
-  {level::gram,          level::kmeans_plus_plus, level::lloyd,                \
-   level::centre,        level::shared_linear,    level::shared_linear_gather, \
-   level::subnet_linear, level::sparse24_linear,  level::bitmap_linear}
+#define PYCOMPRESS_OF(level, op, arguments) level::op,
+// The levels whose kernels of statistics, of dense and shared layers, and of layers without zeros are taken.
+#define PYCOMPRESS_KERNELS(statistics, layers, sparse)                                       \
+  {PYCOMPRESS_STATISTICS(PYCOMPRESS_OF, statistics) PYCOMPRESS_LAYERS(PYCOMPRESS_OF, layers) \
+       PYCOMPRESS_SPARSE_LAYERS(PYCOMPRESS_OF, sparse)}
 
 const Level LEVELS[] = {
-    {"portable", always, PYCOMPRESS_LEVEL_KERNELS(portable)},
+    {"portable", always, PYCOMPRESS_KERNELS(portable, portable, portable)},
 #ifdef PYCOMPRESS_HAS_AVX2
-    {"avx2", has_avx2, PYCOMPRESS_LEVEL_KERNELS(avx2)},
+    {"avx2", has_avx2, PYCOMPRESS_KERNELS(avx2, avx2, avx2)},
 #endif
 #ifdef PYCOMPRESS_HAS_AVX512
-    {"avx512", has_avx512, PYCOMPRESS_LEVEL_KERNELS(avx512)},
+    {"avx512", has_avx512, PYCOMPRESS_KERNELS(avx512, avx512, avx512)},
 #endif
 #ifdef PYCOMPRESS_HAS_AVX512VBMI2
-    {"avx512vbmi2",
-     has_avx512vbmi2,
-     {avx512::gram, avx512::kmeans_plus_plus, avx512::lloyd, avx512::centre, avx512::shared_linear,
-      avx512::shared_linear_gather, avx512::subnet_linear, avx512vbmi2::sparse24_linear, avx512vbmi2::bitmap_linear}},
+    {"avx512vbmi2", has_avx512vbmi2, PYCOMPRESS_KERNELS(avx512, avx512, avx512vbmi2)},
 #endif
 #ifdef PYCOMPRESS_HAS_AVX512BF16
-    {"avx512bf16",
-     has_avx512bf16,
-     {avx512::gram, avx512::kmeans_plus_plus, avx512::lloyd, avx512::centre, avx512bf16::shared_linear,
-      avx512bf16::shared_linear_gather, avx512bf16::subnet_linear, avx512vbmi2::sparse24_linear,
-      avx512vbmi2::bitmap_linear}},
+    {"avx512bf16", has_avx512bf16, PYCOMPRESS_KERNELS(avx512, avx512bf16, avx512vbmi2)},
 #endif
 };
 

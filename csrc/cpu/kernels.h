@@ -12,7 +12,7 @@ struct Half {
   uint16_t bits;
 };
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
-enum class Storage : int { floats = 0, int8 = 1, int4 = 2 };  // pycompress/storage.py
+enum class Storage : int { floats = 0, int8 = 1, int4 = 2 };  // pycompress/formats/codes.py
 
 struct GramArgs {
   const float *left;   // [batch, n, d]
@@ -83,7 +83,7 @@ struct SubnetLinearArgs {
 
 constexpr int64_t SPARSE_TILE = 16;  // rows that are stored together
 
-struct SparseLinearArgs {  // pycompress/sparse.py
+struct SparseLinearArgs {  // pycompress/formats/zeros.py
   const void *x;           // [tokens, inputs], rows x_stride apart
   const void *values;      // sparse24: [outputs, inputs / 2]; bitmap: all that are kept
   const uint8_t *kept;     // sparse24: positions [outputs, inputs / 8]; bitmap: bits [outputs, 8 * ceil(inputs / 64)]
@@ -95,31 +95,36 @@ struct SparseLinearArgs {  // pycompress/sparse.py
   int threads;
 };
 
+// Every op of a level, by the sources that hold them: the one list, from which levels are declared and chosen and the
+// Python module is made. X(level, op, arguments).
+#define PYCOMPRESS_STATISTICS(X, level)          \
+  X(level, gram, (const GramArgs &))             \
+  X(level, kmeans_plus_plus, (const SeedArgs &)) \
+  X(level, lloyd, (const LloydArgs &))           \
+  X(level, centre, (const CentreArgs &))
+// Of `shared_linear_gather`, what of a float32 layer is no product. Output sharing: y from `reduced` [tokens, k + r]
+// and the product of its low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's
+// product.
+#define PYCOMPRESS_LAYERS(X, level)                                                                \
+  X(level, shared_linear, (const SharedLinearArgs &))                                              \
+  X(level, shared_linear_gather, (const SharedLinearArgs &, float *reduced, const float *product)) \
+  X(level, subnet_linear, (const SubnetLinearArgs &))
+#define PYCOMPRESS_SPARSE_LAYERS(X, level)              \
+  X(level, sparse24_linear, (const SparseLinearArgs &)) \
+  X(level, bitmap_linear, (const SparseLinearArgs &))
+#define PYCOMPRESS_OPS(X, level) \
+  PYCOMPRESS_STATISTICS(X, level) PYCOMPRESS_LAYERS(X, level) PYCOMPRESS_SPARSE_LAYERS(X, level)
+
 struct Kernels {
-  void (*gram)(const GramArgs &);
-  void (*kmeans_plus_plus)(const SeedArgs &);
-  void (*lloyd)(const LloydArgs &);
-  void (*centre)(const CentreArgs &);
-  void (*shared_linear)(const SharedLinearArgs &);
-  // What of a float32 layer is no product. Output sharing: y from `reduced` [tokens, k + r] and the product of its
-  // low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's product.
-  void (*shared_linear_gather)(const SharedLinearArgs &, float *reduced, const float *product);
-  void (*subnet_linear)(const SubnetLinearArgs &);
-  void (*sparse24_linear)(const SparseLinearArgs &);
-  void (*bitmap_linear)(const SparseLinearArgs &);
+#define PYCOMPRESS_POINTER(level, op, arguments) void(*op) arguments;
+  PYCOMPRESS_OPS(PYCOMPRESS_POINTER, )
+#undef PYCOMPRESS_POINTER
 };
 
-#define PYCOMPRESS_DECLARE(level)                                              \
-  namespace level {                                                            \
-  void gram(const GramArgs &);                                                 \
-  void kmeans_plus_plus(const SeedArgs &);                                     \
-  void lloyd(const LloydArgs &);                                               \
-  void centre(const CentreArgs &);                                             \
-  void shared_linear(const SharedLinearArgs &);                                \
-  void shared_linear_gather(const SharedLinearArgs &, float *, const float *); \
-  void subnet_linear(const SubnetLinearArgs &);                                \
-  void sparse24_linear(const SparseLinearArgs &);                              \
-  void bitmap_linear(const SparseLinearArgs &);                                \
+#define PYCOMPRESS_FUNCTION(level, op, arguments) void op arguments;
+#define PYCOMPRESS_DECLARE(level)            \
+  namespace level {                          \
+  PYCOMPRESS_OPS(PYCOMPRESS_FUNCTION, level) \
   }
 PYCOMPRESS_DECLARE(portable)
 PYCOMPRESS_DECLARE(avx2)
@@ -127,6 +132,7 @@ PYCOMPRESS_DECLARE(avx512)
 PYCOMPRESS_DECLARE(avx512vbmi2)
 PYCOMPRESS_DECLARE(avx512bf16)
 #undef PYCOMPRESS_DECLARE
+#undef PYCOMPRESS_FUNCTION
 
 // Buffers that a calling thread keeps between calls, so that a decode step allocates nothing.
 enum class Slot : int { rows, columns, stage, wide, similarity, centroids, small, permuted, scales, count };

@@ -1,5 +1,5 @@
 // Matrices stored without their zeros, TILE rows at a time in the order in which products read them
-// (pycompress/sparse.py), and their products with a few vectors.
+// (pycompress/formats/zeros.py), and their products with a few vectors.
 #pragma once
 
 #include "dot.h"

@@ -1,5 +1,5 @@
-// The matrices of a layer as they are stored: floats, or integer codes with scales (pycompress/storage.py). Each gives
-// its products with a few vectors, and panels for gemm, where codes are dequantized while they are packed.
+// The matrices of a layer as they are stored: floats, or integer codes with scales (pycompress/formats/codes.py). Each
+// gives its products with a few vectors, and panels for gemm, where codes are dequantized while they are packed.
 #pragma once
 
 #include "dot.h"

@@ -1,4 +1,5 @@
-// The instructions that CUDA C++ has no word for. tests/csrc/cuda_on_host/ptx.cuh says in plain C++ what each of them does.
+// The instructions that CUDA C++ has no word for. tests/csrc/cuda_on_host/ptx.cuh says in plain C++ what each of them
+// does.
 //
 // Of one product a lane of a warp holds four pairs of the 16 rows' numbers and two of the 8 tokens', as the PTX manual
 // lays them out: `upper` of row lane / 4, `lower` of the row eight below it, `tokens` of token lane / 4; and four sums.

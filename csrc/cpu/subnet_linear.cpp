@@ -2,7 +2,8 @@
 //
 // Few tokens, rows contiguous: dot products of the rows. Few tokens, columns contiguous: a sum of columns, so that only
 // those that were asked for are read. Many tokens: gemm, which finds rows and columns while it packs.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include <omp.h>
 

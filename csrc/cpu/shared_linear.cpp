@@ -1,6 +1,7 @@
 // Linear layer with shared channels. Stage one multiplies x by the matrix that reads it (stacked for output sharing,
 // the low-rank factor for input sharing) into `reduced` [tokens, k + r] floats; stage two gives y from `reduced`.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include <omp.h>
 

@@ -1,5 +1,6 @@
 // Symmetric product: the lower triangle of blocks by gemm, then mirrored.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include "gemm.h"
 

@@ -1,6 +1,7 @@
 // Linear layer whose weight is stored without its zeros: products of its rows with the tokens, or, for many tokens and
 // a bitmap, each value times its column of all tokens, so that zeros cost nothing.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include <omp.h>
 

@@ -1,9 +1,11 @@
 // K-means++ and Lloyd's iterations. Every sum has one order whatever the number of threads.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include <cmath>
 
 #include "gemm.h"
+#include "seeding.h"
 
 namespace pycompress::PYCOMPRESS_LEVEL {
 

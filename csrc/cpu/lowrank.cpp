@@ -1,5 +1,6 @@
 // Takes the mean of its cluster away from each row, in place, with sums in row order.
-#pragma once
+// Compiled once a level: see CMakeLists.txt.
+#include PYCOMPRESS_VECTORS
 
 #include "numeric.h"
 

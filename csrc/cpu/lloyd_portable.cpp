@@ -1,5 +1,0 @@
-#define PYCOMPRESS_LEVEL portable
-#include "vec_portable.h"
-//
-#include "lloyd.h"
-#include "seeding.h"

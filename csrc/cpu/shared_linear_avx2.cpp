@@ -1,4 +1,0 @@
-#define PYCOMPRESS_LEVEL avx2
-#include "vec_avx2.h"
-//
-#include "shared_linear.h"

@@ -1,4 +1,0 @@
-#define PYCOMPRESS_LEVEL avx512
-#include "vec_avx512.h"
-//
-#include "shared_linear.h"

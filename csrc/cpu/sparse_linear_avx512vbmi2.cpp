@@ -1,4 +1,0 @@
-#define PYCOMPRESS_LEVEL avx512vbmi2
-#include "vec_avx512.h"
-//
-#include "sparse_linear.h"

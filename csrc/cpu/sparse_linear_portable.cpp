@@ -1,4 +1,0 @@
-#define PYCOMPRESS_LEVEL portable
-#include "vec_portable.h"
-//
-#include "sparse_linear.h"
