@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,41 +10,72 @@ from torch import Tensor
 from pycompress.formats import codes
 from pycompress.ops._checks import check_floats, check_permutation, check_range, check_tensors, once
 
-NAMES = ("x", "weight", "factor", "labels", "channels", "bias", "weight_scales", "factor_scales")
+
+class SharedLayer(NamedTuple):
+    """The arguments of `shared_linear` beside `x`, in the order of its schema."""
+
+    weight: Tensor
+    factor: Tensor
+    labels: Tensor | None
+    channels: Tensor | None
+    bias: Tensor | None
+    weight_scales: Tensor | None
+    factor_scales: Tensor | None
+    share_input: bool
+
+    @property
+    def outputs(self) -> int:
+        """N; it is never a side along which numbers are packed."""
+        if self.share_input:
+            return self.weight.shape[0]
+        return self.factor.shape[0] if self.channels is None else self.channels.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.factor.shape[0] if self.share_input else codes.width_of(self.factor)
+
+    @property
+    def clusters(self) -> int:
+        return (codes.width_of(self.weight) if self.share_input else self.weight.shape[0]) - self.rank
+
+    @property
+    def wide_indices(self) -> bool:
+        """Whether labels and channels are int32."""
+        index = self.labels if self.labels is not None else self.channels
+        return index is not None and index.dtype == torch.int32
+
+    def dequantized(self, dtype: torch.dtype) -> SharedLayer:
+        """The layer with its numbers as floats of a dtype, where they are codes."""
+        if self.weight_scales is None or self.factor_scales is None:
+            return self
+        weight = codes.dequantize(self.weight, self.weight_scales).to(dtype)
+        factor = codes.dequantize(self.factor, self.factor_scales).to(dtype)
+        return self._replace(weight=weight, factor=factor, weight_scales=None, factor_scales=None)
 
 
-def check(*args: Any) -> None:
+def check(x: Any, *given: Any) -> None:
     """Raise TypeError or ValueError unless the arguments fit each other; index values are `check_values`' part."""
-    *tensors, share_input = args
-    named = dict(zip(NAMES, tensors, strict=True))
-    check_tensors({name: named.pop(name) for name in NAMES[:3]}, named)
-    x, weight, factor, labels, channels, bias, weight_scales, factor_scales = tensors
-    if weight.dim() != 2 or factor.dim() != 2:
-        raise ValueError(f"weight and factor must be matrices, got {list(weight.shape)} and {list(factor.shape)}")
-    check_dtypes(x, weight, factor, labels, channels, bias, weight_scales, factor_scales)
-    check_sizes(x, weight, factor, labels, channels, bias, "input" if share_input else "output")
-    check_scales("weight", weight, weight_scales)
-    check_scales("factor", factor, factor_scales)
+    layer = SharedLayer(*given)
+    tensors = dict(zip(SharedLayer._fields[:-1], given[:-1], strict=True))
+    check_tensors({"x": x, "weight": tensors.pop("weight"), "factor": tensors.pop("factor")}, tensors)
+    if layer.weight.dim() != 2 or layer.factor.dim() != 2:
+        shapes = f"{list(layer.weight.shape)} and {list(layer.factor.shape)}"
+        raise ValueError(f"weight and factor must be matrices, got {shapes}")
+    check_dtypes(x, layer)
+    check_sizes(x, layer)
+    check_scales("weight", layer.weight, layer.weight_scales)
+    check_scales("factor", layer.factor, layer.factor_scales)
 
 
-def check_values(*args: Any) -> None:
+def check_values(x: Any, *given: Any) -> None:
     """Raise IndexError for labels without a cluster, ValueError for channels that are no permutation."""
-    _, weight, factor, labels, channels, *_, share_input = args
-    clusters = codes.width_of(weight) - len(factor) if share_input else len(weight) - codes.width_of(factor)
-    once(labels, check_range, "labels", clusters)
-    once(channels, check_permutation, "channels")
+    layer = SharedLayer(*given)
+    once(layer.labels, check_range, "labels", layer.clusters)
+    once(layer.channels, check_permutation, "channels")
 
 
-def check_dtypes(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-) -> None:
+def check_dtypes(x: Tensor, layer: SharedLayer) -> None:
+    weight, factor, labels, channels, bias, weight_scales, factor_scales, _ = layer
     check_floats(x=x)
     floats = {"x": x, "weight": weight, "factor": factor, "bias": bias}
     if codes.storage_of(weight) != "float":
@@ -65,21 +96,14 @@ def check_dtypes(
         raise TypeError(f"labels and channels must both be int16 or both int32, got {', '.join(map(str, indices))}")
 
 
-def check_sizes(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    share: str,
-) -> None:
-    along = 0 if share == "output" else 1
+def check_sizes(x: Tensor, layer: SharedLayer) -> None:
+    weight, factor, labels, channels, bias, *_, share_input = layer
+    along = 1 if share_input else 0
     stacked, packed = (len(weight), codes.width_of(weight)), (len(factor), codes.width_of(factor))
     rank = packed[1 - along]
     shared = packed[along] + (0 if channels is None else rank)
     clusters = stacked[along] - rank
-    outputs, inputs = (shared, stacked[1]) if share == "output" else (stacked[0], shared)
+    outputs, inputs = (stacked[0], shared) if share_input else (shared, stacked[1])
     if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must have {inputs} features in its last dimension, got {tuple(x.shape)}")
     if clusters < 0:

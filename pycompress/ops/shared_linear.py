@@ -33,6 +33,7 @@ from pycompress.ops._library import (
     register,
     triton_kernel,
 )
+from pycompress.ops._shared_linear_checks import SharedLayer
 
 __all__ = ["kernel_in_use", "shared_linear", "shared_linear_ref"]
 
@@ -42,42 +43,31 @@ STORAGE_CODES = {"float": 0, "int8": 1, "int4": 2}
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, None, None, Tensor | None, None, None, None]
 
 
-def shared_linear_ref(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share_input: bool,
-) -> Tensor:
-    """Plain torch in the dtype of `x`; packed numbers are dequantized to it."""
-    if weight_scales is not None:
-        weight = codes.dequantize(weight, weight_scales).to(x.dtype)
-        factor = codes.dequantize(factor, factor_scales).to(x.dtype)
-    if share_input:
-        return F.linear(_reduced(x, factor, labels, channels, weight.shape[1] - factor.shape[0]), weight, bias)
-    clusters = weight.shape[0] - factor.shape[1]
-    stacked = F.linear(x, weight)  # [..., k + r]
-    low = stacked[..., clusters:]
-    y = F.linear(low, factor)
-    if channels is not None:
-        y = _restored(torch.cat([low, y], dim=-1), channels)
-    if labels is not None:
-        y = y + stacked[..., :clusters].index_select(-1, labels.int())
-    return y if bias is None else y + bias
+def shared_linear_ref(x: Tensor, *given: Any) -> Tensor:
+    """Plain torch in the dtype of `x`; packed numbers are dequantized to it. `given`: the fields of a `SharedLayer`."""
+    layer = SharedLayer(*given).dequantized(x.dtype)
+    if layer.share_input:
+        return F.linear(_reduced(x, layer), layer.weight, layer.bias)
+    stacked = F.linear(x, layer.weight)  # [..., k + r]
+    low = stacked[..., layer.clusters :]
+    y = F.linear(low, layer.factor)
+    if layer.channels is not None:
+        y = _restored(torch.cat([low, y], dim=-1), layer.channels)
+    if layer.labels is not None:
+        y = y + stacked[..., : layer.clusters].index_select(-1, layer.labels.int())
+    return y if layer.bias is None else y + layer.bias
 
 
-def _reduced(x: Tensor, factor: Tensor, labels: Tensor | None, channels: Tensor | None, clusters: int) -> Tensor:
+def _reduced(x: Tensor, layer: SharedLayer) -> Tensor:
     """`[s, x Vᵀ]`: inputs summed by label in float32, then the low-rank part."""
-    if channels is None:
-        low = F.linear(x, factor)
+    if layer.channels is None:
+        low = F.linear(x, layer.factor)
     else:
-        pivots, rest = _permuted(x, channels, len(factor))
-        low = pivots + F.linear(rest, factor)
-    return low if labels is None else torch.cat([_sum_by_label(x, labels, clusters).to(x.dtype), low], dim=-1)
+        pivots, rest = _permuted(x, layer.channels, layer.rank)
+        low = pivots + F.linear(rest, layer.factor)
+    if layer.labels is None:
+        return low
+    return torch.cat([_sum_by_label(x, layer.labels, layer.clusters).to(x.dtype), low], dim=-1)
 
 
 def _permuted(values: Tensor, channels: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -97,25 +87,8 @@ def _sum_by_label(values: Tensor, labels: Tensor, clusters: int) -> Tensor:
     return wide.new_zeros((*values.shape[:-1], clusters)).index_add(-1, labels.int(), wide)
 
 
-def _outputs(weight: Tensor, factor: Tensor, channels: Tensor | None, share_input: bool) -> int:
-    """N; it is never a side along which numbers are packed."""
-    if share_input:
-        return weight.shape[0]
-    return factor.shape[0] if channels is None else channels.shape[0]
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share_input: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
+def _fake(x: Tensor, *given: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], SharedLayer(*given).outputs))
 
 
 # What the native kernel is told of sizes and storage, by the dtypes and shapes of tensors that were found to fit.
@@ -123,34 +96,24 @@ _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 MOST_KNOWN = 4096
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share_input: bool,
-) -> Tensor:
-    given = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
+def _cpu(x: Tensor, *given: Any) -> Tensor:
+    *parts, share_input = given
     if x is None:  # which the dispatcher takes for a tensor
-        checks.check(x, *given, share_input)
-    signature = tuple([None if t is None else (t.dtype, t.shape) for t in given])
+        checks.check(x, *given)
+    signature = tuple([None if t is None else (t.dtype, t.shape) for t in parts])
     key = (share_input, x.dtype, x.shape[-1:], signature)
     known = _known.get(key)
     if known is None:
-        checks.check(x, *given, share_input)
+        checks.check(x, *given)
         if len(_known) >= MOST_KNOWN:
             _known.clear()
-        known = _known[key] = _sizes(x, weight, factor, labels, channels, weight_scales, share_input)
+        known = _known[key] = _sizes(x, SharedLayer(*given))
     inputs, outputs, clusters, rank, code, storage_code, wide = known
     if code is None:
-        checks.check_values(x, *given, share_input)
-        return shared_linear_ref(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
+        checks.check_values(x, *given)
+        return shared_linear_ref(x, *given)
     # Held here until the call is over: an address keeps no temporary alive.
-    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in parts]
     rows = x if x.is_contiguous() else x.reshape(math.prod(x.shape[:-1]), inputs)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -159,7 +122,9 @@ def _cpu(
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     sizes = (tokens, inputs, outputs, clusters, rank, row_stride)
     if code == 0 and storage_code == 0 and tokens >= PREFILL:
-        _cpu_prefill(rows.view(tokens, inputs), tensors[:5], y.view(tokens, outputs), sizes, share_input)
+        _cpu_prefill(
+            rows.view(tokens, inputs), SharedLayer._make([*tensors, share_input]), y.view(tokens, outputs), sizes
+        )
     else:
         _ext.C.shared_linear(
             *_ext.addresses(rows, *tensors, y),
@@ -173,39 +138,15 @@ def _cpu(
     return y
 
 
-def _sizes(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    weight_scales: Tensor | None,
-    share_input: bool,
-) -> tuple[Any, ...]:
+def _sizes(x: Tensor, layer: SharedLayer) -> tuple[Any, ...]:
     """Inputs, outputs, clusters, rank, the kernel's codes of dtype and storage, and whether indices are int32."""
-    rank = factor.shape[0] if share_input else codes.width_of(factor)
-    stacked = codes.width_of(weight) if share_input else weight.shape[0]
-    return (
-        x.shape[-1],
-        _outputs(weight, factor, channels, share_input),
-        stacked - rank,
-        rank,
-        DTYPE_CODES.get(x.dtype),
-        STORAGE_CODES[codes.storage_of(weight)],
-        _wide(labels, channels),
-    )
+    kinds = DTYPE_CODES.get(x.dtype), STORAGE_CODES[codes.storage_of(layer.weight)]
+    return (x.shape[-1], layer.outputs, layer.clusters, layer.rank, *kinds, layer.wide_indices)
 
 
-def _wide(labels: Tensor | None, channels: Tensor | None) -> bool:
-    index = labels if labels is not None else channels
-    return index is not None and index.dtype == torch.int32
-
-
-def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tuple[int, ...], share_input: bool) -> None:
+def _cpu_prefill(x: Tensor, layer: SharedLayer, y: Tensor, sizes: tuple[int, ...]) -> None:
     """Write `y [M, N]` by torch's products; the native module gathers, scatters and sums by label."""
-    weight, factor, labels, channels, bias = tensors
-    assert weight is not None
-    assert factor is not None
+    weight, factor, labels, channels, bias, *_, share_input = layer
     clusters, rank = sizes[3:5]
     reduced, product = x.new_empty(len(x), clusters + rank), None
     low = reduced[:, clusters:]
@@ -216,7 +157,7 @@ def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tupl
         torch.mm(x, weight.T, out=reduced)
         product = torch.mm(low, factor.T, out=x.new_empty(len(x), len(factor)))
     addresses = _ext.addresses(x, labels, channels, bias, reduced, product, y)
-    _ext.C.shared_linear_gather(*addresses, *sizes, _wide(labels, channels), share_input, _ext.threads())
+    _ext.C.shared_linear_gather(*addresses, *sizes, layer.wide_indices, share_input, _ext.threads())
     if not share_input:
         return
     if bias is None:
@@ -229,40 +170,28 @@ def _cpu_prefill(x: Tensor, tensors: list[Tensor | None], y: Tensor, sizes: tupl
 NATIVE_TOKENS = {"float": 0, "int8": 0, "int4": 0}
 
 
-def shared_linear_cuda_native(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share_input: bool,
-) -> Tensor:
+def shared_linear_cuda_native(x: Tensor, *given: Any) -> Tensor:
     """The few-token CUDA kernel of csrc/cuda; NATIVE_TOKENS says when it is the op's CUDA implementation.
 
     Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
     """
     check_native_cuda("shared_linear", x)
+    layer = SharedLayer(*given)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rank = factor.shape[0] if share_input else codes.width_of(factor)
-    clusters = (codes.width_of(weight) if share_input else weight.shape[0]) - rank
-    y = x.new_empty((*x.shape[:-1], _outputs(weight, factor, channels, share_input)))
-    parts = x.new_empty(_ext.C.shared_linear_cuda_parts(len(rows), clusters, rank), dtype=torch.float32)
-    given = (weight, factor, labels, channels, bias, weight_scales, factor_scales)
-    tensors = [t if t is None else t.contiguous() for t in given]
+    y = x.new_empty((*x.shape[:-1], layer.outputs))
+    parts = x.new_empty(_ext.C.shared_linear_cuda_parts(len(rows), layer.clusters, layer.rank), dtype=torch.float32)
+    tensors = [t if t is None else t.contiguous() for t in layer[:-1]]
     with torch.cuda.device(x.device):
         _ext.C.shared_linear_cuda(
             *_ext.addresses(rows, *tensors, parts, y),
             *rows.shape,
             y.shape[-1],
-            clusters,
-            rank,
+            layer.clusters,
+            layer.rank,
             DTYPE_CODES[x.dtype],
-            STORAGE_CODES[codes.storage_of(weight)],
-            _wide(labels, channels),
-            share_input,
+            STORAGE_CODES[codes.storage_of(layer.weight)],
+            layer.wide_indices,
+            layer.share_input,
             torch.cuda.current_stream().cuda_stream,
         )
     return y
@@ -271,22 +200,12 @@ def shared_linear_cuda_native(
 _triton = triton_kernel("shared_linear", "shared_linear_cuda")
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    bias: Tensor | None,
-    weight_scales: Tensor | None,
-    factor_scales: Tensor | None,
-    share_input: bool,
-) -> Tensor:
-    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[codes.storage_of(weight)]
+def _cuda(x: Tensor, *given: Any) -> Tensor:
+    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[codes.storage_of(given[0])]
     launch = (
         shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and native_cuda_built("shared_linear") else _triton
     )
-    return launch(x, weight, factor, labels, channels, bias, weight_scales, factor_scales, share_input)
+    return launch(x, *given)
 
 
 _op = register(
@@ -302,36 +221,28 @@ _op = register(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, factor, labels, channels, bias, weight_scales, factor_scales, ctx.share_input = inputs
-    ctx.save_for_backward(x, weight, factor, labels, channels, weight_scales, factor_scales)
-    ctx.has_bias = bias is not None
+    x, layer = inputs[0], SharedLayer(*inputs[1:])
+    ctx.has_bias, ctx.share_input = layer.bias is not None, layer.share_input
+    ctx.save_for_backward(x, *layer._replace(bias=None)[:-1])
 
 
 def _backward(ctx: Any, grad: Tensor) -> Gradients:
-    x, weight, factor, labels, channels, weight_scales, factor_scales = ctx.saved_tensors
-    if weight_scales is not None:
-        weight = codes.dequantize(weight, weight_scales).to(x.dtype)
-        factor = codes.dequantize(factor, factor_scales).to(x.dtype)
+    x, *parts = ctx.saved_tensors
+    layer = SharedLayer._make([*parts, ctx.share_input]).dequantized(x.dtype)
     rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     needed = ctx.needs_input_grad
-    backward = _backward_input if ctx.share_input else _backward_output
-    grad_x, grad_weight, grad_factor = backward(grad_rows, rows, weight, factor, labels, channels, needed)
+    backward = _backward_input if layer.share_input else _backward_output
+    grad_x, grad_weight, grad_factor = backward(grad_rows, rows, layer, needed)
     grad_x = None if grad_x is None else grad_x.reshape(x.shape)
     grad_bias = grad_rows.sum(0) if ctx.has_bias and needed[5] else None
     return grad_x, grad_weight, grad_factor, None, None, grad_bias, None, None, None
 
 
 def _backward_output(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    needed: tuple[bool, ...],
+    grad: Tensor, x: Tensor, layer: SharedLayer, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    rank = factor.shape[1]
-    clusters = weight.shape[0] - rank
+    weight, factor, labels, channels, *_ = layer
+    clusters, rank = layer.clusters, layer.rank
     pivots, rest = (None, grad) if channels is None else _permuted(grad, channels, rank)
     grad_stacked = rest @ factor if pivots is None else pivots + rest @ factor
     if labels is not None:
@@ -344,16 +255,10 @@ def _backward_output(
 
 
 def _backward_input(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    channels: Tensor | None,
-    needed: tuple[bool, ...],
+    grad: Tensor, x: Tensor, layer: SharedLayer, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    rank = factor.shape[0]
-    clusters = weight.shape[1] - rank
+    weight, factor, labels, channels, *_ = layer
+    clusters, rank = layer.clusters, layer.rank
     grad_reduced = grad @ weight  # [M, k + r]
     grad_low = grad_reduced[:, clusters:]
     grad_x = grad_low @ factor if needed[0] else None
@@ -364,7 +269,7 @@ def _backward_input(
     rest = x if channels is None else _permuted(x, channels, rank)[1]
     return (
         grad_x,
-        grad.T @ _reduced(x, factor, labels, channels, clusters) if needed[1] else None,
+        grad.T @ _reduced(x, layer) if needed[1] else None,
         grad_low.T @ rest if needed[2] else None,
     )
 
