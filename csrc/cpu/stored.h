@@ -125,7 +125,7 @@ struct Int4 {
 };
 
 template <class Codes>
-void widen_columns(const Codes &b, int64_t first, int64_t from, int64_t depth, float *out) {
+void dequantize_columns(const Codes &b, int64_t first, int64_t from, int64_t depth, float *out) {
   alignas(64) float values[NR * SLICE];
   const int64_t rows = least(NR, b.rows - first);
   for (int64_t i = 0; i < rows; ++i) b.unpack(first + i, from, depth, values + i * SLICE);
@@ -144,12 +144,12 @@ void prefetch(const Int4<T> &b, Range rows, Range columns) {
 
 template <class T>
 void pack_columns(const Int8<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  widen_columns(b, first, from, depth, out);
+  dequantize_columns(b, first, from, depth, out);
 }
 
 template <class T>
 void pack_columns(const Int4<T> &b, int64_t first, int64_t from, int64_t depth, float *out) {
-  widen_columns(b, first, from, depth, out);
+  dequantize_columns(b, first, from, depth, out);
 }
 
 }  // namespace pycompress::PYCOMPRESS_LEVEL

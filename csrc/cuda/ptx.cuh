@@ -2,7 +2,7 @@
 // does.
 //
 // Of one product a lane of a warp holds four pairs of the 16 rows' numbers and two of the 8 tokens', as the PTX manual
-// lays them out: `upper` of row lane / 4, `lower` of the row eight below it, `tokens` of token lane / 4; and four sums.
+// lays them out: `a0` of row lane / 4, `a1` of the row eight below it, `b` of token lane / 4; and four sums `c`.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,9 +12,14 @@
 
 namespace pycompress::cuda {
 
+// What a lane holds of the product C += A B: of eight of the 16 rows of A, of B, of C.
+using FragA = uint2;
+using FragB = uint2;
+using FragC = float[4];
+
 // Of a kernel launched while the one before it still runs: nothing that kernel wrote is read before this, and nothing
 // is written. Then the next kernel may come.
-__device__ inline void wait_for_the_kernel_before() {
+__device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -23,22 +28,22 @@ __device__ inline void wait_for_the_kernel_before() {
 
 __device__ inline void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-__device__ inline void multiply(__nv_bfloat16, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
+__device__ inline void mma(__nv_bfloat16, FragC &c, FragA a0, FragA a1, FragB b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0.x), "r"(a1.x), "r"(a0.y), "r"(a1.y), "r"(b.x), "r"(b.y));
 }
 
-__device__ inline void multiply(__half, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
+__device__ inline void mma(__half, FragC &c, FragA a0, FragA a1, FragB b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0.x), "r"(a1.x), "r"(a0.y), "r"(a1.y), "r"(b.x), "r"(b.y));
 }
 
-__device__ inline void multiply_tf32(float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
+__device__ inline void mma_tf32(FragC &c, FragA a0, FragA a1, FragB b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(tokens.x), "r"(tokens.y));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0.x), "r"(a1.x), "r"(a0.y), "r"(a1.y), "r"(b.x), "r"(b.y));
 }
 
 __device__ inline uint32_t to_tf32(float value) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Pr
   const int chunks = of_labels ? ceil_div(p.labels.n, CHUNK<T, Storage::FLOAT>) : ceil_div(p.rows.n, CHUNK<T, S>);
   const int begin = chunks * split / splits, end = chunks * (split + 1) / splits;
   if (!of_labels) prefetch_tile<T, S>(p.rows, tile * ROWS, begin, end);
-  wait_for_the_kernel_before();
+  griddepcontrol_wait();
   if (of_labels) {
     multiply_tile<T, Storage::FLOAT>(p.labels, p.label_inputs, tile * ROWS, first_token, begin, end, sums);
   } else {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Pr
       stacked += p.label_tiles ? p.columns.clusters : 0;
       if (p.pivots && split == 0) {
         const int channel = index_at(p.pivots, row, p.wide);
-        value += widen(p.label_inputs.x[static_cast<int64_t>(token) * p.label_inputs.stride + channel]);
+        value += to_float(p.label_inputs.x[static_cast<int64_t>(token) * p.label_inputs.stride + channel]);
       }
     }
     const int column = stacked < p.columns.clusters ? stacked : p.columns.low + stacked - p.columns.clusters;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Pr
 
 template <class T>
 __global__ void fold_kernel(float *parts, T *reduced, int size, int splits) {
-  wait_for_the_kernel_before();
+  griddepcontrol_wait();
   const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= size) return;
   const float sum = sum_of_parts(parts, i, size, splits);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) finish_kernel(const Fin
   const int64_t size = static_cast<int64_t>(p.tokens) * p.columns.stride;
   const int64_t start = static_cast<int64_t>(first_token) * p.columns.stride;
   prefetch_tile<T, S>(p.rows, first, 0, chunks);
-  wait_for_the_kernel_before();
+  griddepcontrol_wait();
   if (!p.reduced) {
     for (int i = threadIdx.x; i < tokens * p.rows.n; i += THREADS) {
       const int token = i / p.rows.n, column = i % p.rows.n;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) finish_kernel(const Fin
     float value = position < p.rows.first ? sum_of_parts(p.parts, row + p.inputs + position, size, p.splits)
                                           : total(sums, token, i % ROWS) * p.rows.row_scale(position);
     if (p.labels) value += sum_of_parts(p.parts, row + index_at(p.labels, channel, p.wide), size, p.splits);
-    if (p.bias) value += widen(p.bias[channel]);
+    if (p.bias) value += to_float(p.bias[channel]);
     p.y[static_cast<int64_t>(first_token + token) * p.outputs + channel] = T(value);
   }
 }

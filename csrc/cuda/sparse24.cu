@@ -159,10 +159,10 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
         }
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const uint2 upper = spread<T>(stored[ahead], codes[ahead], 2 * m, step);
-          const uint2 lower = spread<T>(stored[ahead], codes[ahead], 2 * m + 1, step);
+          const FragA a0 = spread<T>(stored[ahead], codes[ahead], 2 * m, step);
+          const FragA a1 = spread<T>(stored[ahead], codes[ahead], 2 * m + 1, step);
 #pragma unroll
-          for (int n = 0; n < TOKENS / 8; ++n) multiply(T(), part[m][n], upper, lower, tokens[n]);
+          for (int n = 0; n < TOKENS / 8; ++n) mma(T(), part[m][n], a0, a1, tokens[n]);
         }
       }
     }
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
     if (splits > 1) {
       p.parts[static_cast<int64_t>(split) * p.tokens * p.rows.end + at] = sum;
     } else {
-      p.y[at] = T(p.bias ? sum + widen(p.bias[row]) : sum);
+      p.y[at] = T(p.bias ? sum + to_float(p.bias[row]) : sum);
     }
   }
 }
@@ -192,7 +192,7 @@ __global__ void fold_kernel(const Layer<T> p, int splits) {
   const int64_t size = static_cast<int64_t>(p.tokens) * p.rows.end;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= size) return;
-  float sum = p.bias ? widen(p.bias[i % p.rows.end]) : 0.0f;
+  float sum = p.bias ? to_float(p.bias[i % p.rows.end]) : 0.0f;
   for (int split = 0; split < splits; ++split) sum += p.parts[split * size + i];
   p.y[i] = T(sum);
 }

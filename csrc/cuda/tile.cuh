@@ -39,7 +39,7 @@ template <class T>
 constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
-__device__ float widen(T value) {
+__device__ float to_float(T value) {
   return static_cast<float>(value);
 }
 
@@ -86,14 +86,15 @@ __device__ inline uint2 split_tf32(uint2 bits, uint2 &rest) {
 }
 
 // Float32 as three products in TF32: 21 bits of each number take part.
-__device__ inline void multiply(float, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  uint2 upper_rest, lower_rest, tokens_rest;
-  upper = split_tf32(upper, upper_rest);
-  lower = split_tf32(lower, lower_rest);
-  tokens = split_tf32(tokens, tokens_rest);
-  multiply_tf32(sums, upper_rest, lower_rest, tokens);
-  multiply_tf32(sums, upper, lower, tokens_rest);
-  multiply_tf32(sums, upper, lower, tokens);
+__device__ inline void mma(float, FragC &c, FragA a0, FragA a1, FragB b) {
+  FragA a0_rest, a1_rest;
+  FragB b_rest;
+  a0 = split_tf32(a0, a0_rest);
+  a1 = split_tf32(a1, a1_rest);
+  b = split_tf32(b, b_rest);
+  mma_tf32(c, a0_rest, a1_rest, b);
+  mma_tf32(c, a0, a1, b_rest);
+  mma_tf32(c, a0, a1, b);
 }
 
 // Four codes of int4 as 16-bit floats: under the bits of 1024 (128 in bfloat16) a code is added to that number.
@@ -134,9 +135,10 @@ __device__ uint2 step_of(uint4 stored, int step, T scale) {
     for (int i = 0; i < STEP; ++i) {
       const int column = step * STEP + i, byte = S == Storage::INT4 ? column % 16 : column;
       const uint32_t code = word(stored, byte / 4) >> (8 * (byte % 4));
-      values[i] = S == Storage::INT4
-                      ? T(static_cast<float>(static_cast<int>(code >> (column < 16 ? 0 : 4) & 15) - 8) * widen(scale))
-                      : T(static_cast<float>(static_cast<int8_t>(code & 255)));
+      values[i] =
+          S == Storage::INT4
+              ? T(static_cast<float>(static_cast<int>(code >> (column < 16 ? 0 : 4) & 15) - 8) * to_float(scale))
+              : T(static_cast<float>(static_cast<int8_t>(code & 255)));
     }
     std::memcpy(&bits, values, sizeof bits);
     return bits;
@@ -167,7 +169,7 @@ struct StoredRows {
     if (S != Storage::INT4 || !has(row, column)) return T(0.0f);
     return scales[static_cast<int64_t>(row - first) * ceil_div(n, GROUP) + column / GROUP];
   }
-  __device__ float row_scale(int row) const { return S == Storage::INT8 ? widen(scales[row - first]) : 1.0f; }
+  __device__ float row_scale(int row) const { return S == Storage::INT8 ? to_float(scales[row - first]) : 1.0f; }
 };
 
 // A row a cluster, with ones where the label is its own.
@@ -257,12 +259,11 @@ __device__ void multiply_tile(const Rows &rows, const Columns &columns, int row,
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            const uint2 upper = step_of<T, S>(stored[ahead][2 * m], 2 * vector + half, scales[ahead][2 * m]);
-            const uint2 lower = step_of<T, S>(stored[ahead][2 * m + 1], 2 * vector + half, scales[ahead][2 * m + 1]);
+            const FragA a0 = step_of<T, S>(stored[ahead][2 * m], 2 * vector + half, scales[ahead][2 * m]);
+            const FragA a1 = step_of<T, S>(stored[ahead][2 * m + 1], 2 * vector + half, scales[ahead][2 * m + 1]);
 #pragma unroll
             for (int n = 0; n < TOKENS / 8; ++n) {
-              multiply(T(), part[m][n], upper, lower,
-                       half ? uint2{inputs[n].z, inputs[n].w} : uint2{inputs[n].x, inputs[n].y});
+              mma(T(), part[m][n], a0, a1, half ? uint2{inputs[n].z, inputs[n].w} : uint2{inputs[n].x, inputs[n].y});
             }
           }
         }

@@ -9,6 +9,11 @@
 
 namespace pycompress::cuda {
 
+// What a lane holds of the product C += A B: of eight of the 16 rows of A, of B, of C.
+using FragA = uint2;
+using FragB = uint2;
+using FragC = float[4];
+
 // What a lane brings to a product: its registers of A [16, K], of B [K, 8] and of C [16, 8], in the manual's order.
 struct Fragments {
   uint32_t a[4], b[2];
@@ -33,7 +38,7 @@ struct Elements<float> {
 };
 
 template <class T>
-void multiply_fragments(void *const *lanes) {
+void mma_of_fragments(void *const *lanes) {
   constexpr int WORD = Elements<T>::WORD, K = 8 * WORD;
   const auto lane = [&](int i) -> const Fragments & { return *static_cast<const Fragments *>(lanes[i]); };
   float a[16][K], b[K][8];
@@ -52,22 +57,16 @@ void multiply_fragments(void *const *lanes) {
 }
 
 template <class T>
-void multiply_by_warp(float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  Fragments own{{upper.x, lower.x, upper.y, lower.y}, {tokens.x, tokens.y}, sums};
-  on_host::meet_warp(&own, multiply_fragments<T>);
+void mma_by_warp(FragC &c, FragA a0, FragA a1, FragB b) {
+  Fragments own{{a0.x, a1.x, a0.y, a1.y}, {b.x, b.y}, c};
+  on_host::meet_warp(&own, mma_of_fragments<T>);
 }
 
-inline void multiply(__nv_bfloat16, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  multiply_by_warp<__nv_bfloat16>(sums, upper, lower, tokens);
-}
+inline void mma(__nv_bfloat16, FragC &c, FragA a0, FragA a1, FragB b) { mma_by_warp<__nv_bfloat16>(c, a0, a1, b); }
 
-inline void multiply(__half, float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  multiply_by_warp<__half>(sums, upper, lower, tokens);
-}
+inline void mma(__half, FragC &c, FragA a0, FragA a1, FragB b) { mma_by_warp<__half>(c, a0, a1, b); }
 
-inline void multiply_tf32(float (&sums)[4], uint2 upper, uint2 lower, uint2 tokens) {
-  multiply_by_warp<float>(sums, upper, lower, tokens);
-}
+inline void mma_tf32(FragC &c, FragA a0, FragA a1, FragB b) { mma_by_warp<float>(c, a0, a1, b); }
 
 // To the nearest, of two as near the one away from zero.
 inline uint32_t to_tf32(float value) { return (__float_as_uint(value) + 0x1000u) & ~0x1fffu; }
@@ -76,6 +75,6 @@ inline uint32_t to_tf32(float value) { return (__float_as_uint(value) + 0x1000u)
 inline void prefetch(const void *address) { static_cast<void>(*static_cast<const volatile char *>(address)); }
 
 // One kernel runs after another.
-inline void wait_for_the_kernel_before() {}
+inline void griddepcontrol_wait() {}
 
 }  // namespace pycompress::cuda
