@@ -38,15 +38,6 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def addresses(*tensors: torch.Tensor | None) -> list[int]:
-    """Where each tensor's data starts; 0 for none. Raises ValueError for one whose memory was given back."""
-    found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    for tensor, address in zip(tensors, found, strict=True):
-        if not address and tensor is not None and tensor.numel():
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no memory: load it before running it")
-    return found
-
-
 def build_info() -> dict[str, Any]:
     """What was built: compiler, ISA levels, CUDA architectures, or `why` there is nothing.
 

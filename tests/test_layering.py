@@ -18,7 +18,16 @@ FLOORS: tuple[dict[str, tuple[str, ...]], ...] = (
     {"_ext": (), "recipe": (), "runs": (), "formats": ("codes", "zeros", "packed", "intact")},
     {
         "ops": (
-            *("_checks", "_sparse_checks", "_shared_linear_checks", "_library", "_lloyd_ref", "gram", "lowrank"),
+            *(
+                "_arguments",
+                "_checks",
+                "_sparse_checks",
+                "_shared_linear_checks",
+                "_library",
+                "_lloyd_ref",
+                "gram",
+                "lowrank",
+            ),
             *("lloyd", "shared_linear", "subnet_linear", "sparse24_linear", "bitmap_linear"),
         ),
         "search": ("space", "result", "evolution"),

@@ -91,6 +91,7 @@ struct SparseLinearArgs {  // pycompress/formats/zeros.py
   const void *bias;        // [outputs] or null
   void *y;                 // [tokens, outputs]
   int64_t tokens, inputs, outputs, x_stride;
+  int64_t count;  // of values
   Dtype dtype;
   int threads;
 };

@@ -1,5 +1,5 @@
-// Few tokens through a shared-channel layer: products of the stacked matrix, split over its columns, into `parts`; with
-// shared inputs a pass that folds the parts into the first; then y, from the parts and the other matrix.
+// Few tokens through a shared-channel layer: products of the stacked matrix, split over its columns, into `partials`;
+// with shared inputs a pass that folds the partials into the first; then y, from the partials and the other matrix.
 //
 // Each launch may begin while the one before it ends. Sums have a fixed order and there are no atomics: two runs give
 // the same bits.
@@ -14,7 +14,7 @@
 namespace pycompress::cuda {
 namespace {
 
-constexpr int MAX_SPLITS = 8;
+constexpr int MAX_SPLIT_K = 8;
 // Blocks a multiprocessor is to hold: dequantizing codes and splitting float32 take registers.
 template <class T, Storage S>
 constexpr int BLOCKS = S == Storage::FLOAT && sizeof(T) == 2 ? 2 : 1;
@@ -22,7 +22,7 @@ constexpr int STAGED = 256;  // columns of a low-rank part that a block adds up 
 
 int round_up(int value, int to) { return ceil_div(value, to) * to; }
 
-// Columns of the parts: k, then, on 16 bytes where it is read alone, r.
+// Columns of the partials: k, then, on 16 bytes where it is read alone, r.
 struct Columns {
   int clusters, low, stride;
 };
@@ -32,11 +32,11 @@ Columns columns_of(int k, int r, bool share_input) {
   return {k, low, round_up(low + r, 8)};
 }
 
-// Element `at` of the parts of a product, each `size` floats, added from the first to the last.
-__device__ float sum_of_parts(const float *parts, int64_t at, int64_t size, int splits) {
+// Element `at` of the partials of a product, each `size` floats, added from the first to the last.
+__device__ float sum_of_split_k(const float *partials, int64_t at, int64_t size, int split_k) {
   float sum = 0.0f;
 #pragma unroll
-  for (int split = 0; split < MAX_SPLITS; ++split) sum += split < splits ? parts[split * size + at] : 0.0f;
+  for (int split = 0; split < MAX_SPLIT_K; ++split) sum += split < split_k ? partials[split * size + at] : 0.0f;
   return sum;
 }
 
@@ -46,7 +46,7 @@ struct Product {
   LabelRows<T> labels;
   Inputs<T> stored_inputs, label_inputs;
   const void *pivots;  // their channels, null where there are none
-  float *parts;
+  float *partials;
   Columns columns;
   int label_tiles, tokens;
   bool wide;
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Pr
   __shared__ float sums[WARPS][TOKENS][ROWS + 1];
   const bool of_labels = static_cast<int>(blockIdx.x) < p.label_tiles;
   const int tile = of_labels ? blockIdx.x : blockIdx.x - p.label_tiles;
-  const int split = blockIdx.y, splits = gridDim.y, first_token = blockIdx.z * TOKENS;
+  const int split = blockIdx.y, split_k = gridDim.y, first_token = blockIdx.z * TOKENS;
   const int chunks = of_labels ? ceil_div(p.labels.n, CHUNK<T, Storage::FLOAT>) : ceil_div(p.rows.n, CHUNK<T, S>);
-  const int begin = chunks * split / splits, end = chunks * (split + 1) / splits;
+  const int begin = chunks * split / split_k, end = chunks * (split + 1) / split_k;
   if (!of_labels) prefetch_tile<T, S>(p.rows, tile * ROWS, begin, end);
   griddepcontrol_wait();
   if (of_labels) {
@@ -82,27 +82,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) product_kernel(const Pr
       }
     }
     const int column = stacked < p.columns.clusters ? stacked : p.columns.low + stacked - p.columns.clusters;
-    p.parts[(static_cast<int64_t>(split) * p.tokens + token) * p.columns.stride + column] = value;
+    p.partials[(static_cast<int64_t>(split) * p.tokens + token) * p.columns.stride + column] = value;
   }
 }
 
 template <class T>
-__global__ void fold_kernel(float *parts, T *reduced, int size, int splits) {
+__global__ void fold_kernel(float *partials, T *reduced, int size, int split_k) {
   griddepcontrol_wait();
   const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= size) return;
-  const float sum = sum_of_parts(parts, i, size, splits);
-  parts[i] = sum;
+  const float sum = sum_of_split_k(partials, i, size, split_k);
+  partials[i] = sum;
   reduced[i] = T(sum);
 }
 
 template <class T, Storage S>
 struct Finish {
   StoredRows<T, S> rows;  // by position: those below `first` are pivots
-  const float *parts;
-  const T *reduced;  // the folded parts, or null
+  const float *partials;
+  const T *reduced;  // the folded partials, or null
   Columns columns;
-  int splits, inputs;             // `inputs`: first column of the parts that the rows multiply
+  int split_k, inputs;            // `inputs`: first column of the partials that the rows multiply
   const void *labels, *channels;  // of the outputs, or null
   const T *bias;
   T *y;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) finish_kernel(const Fin
     for (int i = threadIdx.x; i < tokens * p.rows.n; i += THREADS) {
       const int token = i / p.rows.n, column = i % p.rows.n;
       const int64_t at = start + static_cast<int64_t>(token) * p.columns.stride + p.inputs + column;
-      staged[token * STRIDE + column] = T(sum_of_parts(p.parts, at, size, p.splits));
+      staged[token * STRIDE + column] = T(sum_of_split_k(p.partials, at, size, p.split_k));
     }
     __syncthreads();
   }
@@ -137,9 +137,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, S>) finish_kernel(const Fin
     if (position >= p.outputs) continue;
     const int channel = p.channels ? index_at(p.channels, position, p.wide) : position;
     const int64_t row = start + static_cast<int64_t>(token) * p.columns.stride;
-    float value = position < p.rows.first ? sum_of_parts(p.parts, row + p.inputs + position, size, p.splits)
+    float value = position < p.rows.first ? sum_of_split_k(p.partials, row + p.inputs + position, size, p.split_k)
                                           : total(sums, token, i % ROWS) * p.rows.row_scale(position);
-    if (p.labels) value += sum_of_parts(p.parts, row + index_at(p.labels, channel, p.wide), size, p.splits);
+    if (p.labels) value += sum_of_split_k(p.partials, row + index_at(p.labels, channel, p.wide), size, p.split_k);
     if (p.bias) value += to_float(p.bias[channel]);
     p.y[static_cast<int64_t>(first_token + token) * p.outputs + channel] = T(value);
   }
@@ -168,7 +168,7 @@ StoredRows<T, S> rows_of(const void *numbers, const void *scales, int first, int
 }
 
 template <class T, Storage S>
-cudaError_t multiply_stacked(const SharedLinearArgs &s, const Columns &columns, int splits, bool early) {
+cudaError_t multiply_stacked(const SharedLinearCudaArgs &s, const Columns &columns, int split_k, bool early) {
   const int pivots = s.channels && s.share_input ? s.r : 0, n = s.inputs - pivots;
   const auto *x = static_cast<const T *>(s.x);
   const bool aligned = s.inputs % VECTOR<T> == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
@@ -182,26 +182,26 @@ cudaError_t multiply_stacked(const SharedLinearArgs &s, const Columns &columns, 
     p.pivots = s.channels;
     p.stored_inputs.channels = static_cast<const char *>(s.channels) + pivots * (s.wide_indices ? 4 : 2);
   }
-  p.parts = static_cast<float *>(s.parts);
+  p.partials = static_cast<float *>(s.workspace);
   p.columns = columns;
   p.label_tiles = s.share_input ? ceil_div(s.k, ROWS) : 0;
   p.tokens = s.tokens;
   p.wide = s.wide_indices;
   const int tiles = p.label_tiles + ceil_div(p.rows.end, ROWS);
-  return launch(product_kernel<T, S>, dim3(tiles, splits, ceil_div(s.tokens, TOKENS)), s.stream, early, p);
+  return launch(product_kernel<T, S>, dim3(tiles, split_k, ceil_div(s.tokens, TOKENS)), s.stream, early, p);
 }
 
 template <class T, Storage S>
-cudaError_t finish(const SharedLinearArgs &s, const Columns &columns, int splits, const T *reduced, bool early) {
+cudaError_t finish(const SharedLinearCudaArgs &s, const Columns &columns, int split_k, const T *reduced, bool early) {
   const bool output = !s.share_input;
   const int pivots = s.channels && output ? s.r : 0;
   Finish<T, S> f{};
   f.rows = output ? rows_of<T, S>(s.factor, s.factor_scales, pivots, s.outputs, s.r)
                   : rows_of<T, S>(s.weight, s.weight_scales, 0, s.outputs, s.k + s.r);
-  f.parts = static_cast<const float *>(s.parts);
+  f.partials = static_cast<const float *>(s.workspace);
   f.reduced = reduced;
   f.columns = columns;
-  f.splits = splits;
+  f.split_k = split_k;
   f.inputs = output ? columns.low : 0;
   f.labels = output && s.k ? s.labels : nullptr;
   f.channels = output ? s.channels : nullptr;
@@ -215,30 +215,30 @@ cudaError_t finish(const SharedLinearArgs &s, const Columns &columns, int splits
 }
 
 template <class T, Storage S>
-cudaError_t run(const SharedLinearArgs &s, int processors, bool early) {
+cudaError_t run(const SharedLinearCudaArgs &s, int processors, bool early) {
   const Columns columns = columns_of(s.k, s.r, s.share_input);
   const int rows = s.k + s.r, blocks = ceil_div(rows, ROWS) * ceil_div(s.tokens, TOKENS);
-  int splits = 1;
+  int split_k = 1;
   cudaError_t error = cudaSuccess;
   if (rows) {
     // Two blocks a multiprocessor, as far as each warp of a block then has work.
-    const int most = std::clamp(s.inputs / (CHUNK<T, S> * WARPS), 1, MAX_SPLITS);
-    splits = std::clamp(2 * processors / blocks, 1, most);
-    error = multiply_stacked<T, S>(s, columns, splits, early);
+    const int most = std::clamp(s.inputs / (CHUNK<T, S> * WARPS), 1, MAX_SPLIT_K);
+    split_k = std::clamp(2 * processors / blocks, 1, most);
+    error = multiply_stacked<T, S>(s, columns, split_k, early);
   }
   T *reduced = nullptr;
   if (error == cudaSuccess && rows && (s.share_input || s.r > STAGED)) {
-    auto *parts = static_cast<float *>(s.parts);
+    auto *partials = static_cast<float *>(s.workspace);
     const int size = s.tokens * columns.stride;
-    reduced = reinterpret_cast<T *>(parts + static_cast<int64_t>(MAX_SPLITS) * size);
-    error = launch(fold_kernel<T>, dim3(ceil_div(size, THREADS)), s.stream, early, parts, reduced, size, splits);
-    splits = 1;
+    reduced = reinterpret_cast<T *>(partials + static_cast<int64_t>(MAX_SPLIT_K) * size);
+    error = launch(fold_kernel<T>, dim3(ceil_div(size, THREADS)), s.stream, early, partials, reduced, size, split_k);
+    split_k = 1;
   }
-  return error == cudaSuccess ? finish<T, S>(s, columns, splits, reduced, early) : error;
+  return error == cudaSuccess ? finish<T, S>(s, columns, split_k, reduced, early) : error;
 }
 
 template <class T>
-cudaError_t run(const SharedLinearArgs &s) {
+cudaError_t run(const SharedLinearCudaArgs &s) {
   int device = 0, processors = 1, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -252,11 +252,11 @@ cudaError_t run(const SharedLinearArgs &s) {
 
 }  // namespace
 
-int64_t parts_needed(int tokens, int k, int r) {
-  return (MAX_SPLITS + int64_t{1}) * tokens * columns_of(k, r, false).stride;
+int64_t shared_linear_workspace(int tokens, int k, int r) {
+  return (MAX_SPLIT_K + int64_t{1}) * tokens * columns_of(k, r, false).stride;
 }
 
-const char *shared_linear(const SharedLinearArgs &args) {
+const char *shared_linear(const SharedLinearCudaArgs &args) {
   const cudaError_t error = args.dtype == 0   ? run<float>(args)
                             : args.dtype == 1 ? run<__nv_bfloat16>(args)
                                               : run<__half>(args);

@@ -5,7 +5,7 @@
 
 namespace pycompress::cuda {
 
-struct SharedLinearArgs {
+struct SharedLinearCudaArgs {
   const void *x;         // [tokens, inputs]
   const void *weight;    // output: [k + r, inputs]; input: [outputs, k + r]
   const void *factor;    // output: [outputs - pivots, r]; input: [r, inputs - pivots]
@@ -13,7 +13,7 @@ struct SharedLinearArgs {
   const void *channels;  // a permutation with the r pivots first, whose part of the factor is the identity, or null
   const void *bias;      // [outputs] or null
   const void *weight_scales, *factor_scales;  // of codes, in the dtype of x; else null
-  void *parts;                                // parts_needed() floats, overwritten
+  void *workspace;                            // shared_linear_workspace() floats, overwritten
   void *y;                                    // [tokens, outputs]
   int tokens, inputs, outputs, k, r;
   int dtype;          // of x: 0 float32, 1 bfloat16, 2 float16
@@ -24,9 +24,9 @@ struct SharedLinearArgs {
 };
 
 // Floats of workspace a call needs.
-int64_t parts_needed(int tokens, int k, int r);
+int64_t shared_linear_workspace(int tokens, int k, int r);
 
 // Launches on the stream and returns null, or the CUDA runtime's words for why it could not.
-const char *shared_linear(const SharedLinearArgs &args);
+const char *shared_linear(const SharedLinearCudaArgs &args);
 
 }  // namespace pycompress::cuda

@@ -17,7 +17,7 @@
 namespace pycompress::cuda {
 namespace {
 
-constexpr int MAX_SPLITS = 8;
+constexpr int MAX_SPLIT_K = 8;
 // Chunks a warp has in flight, as many as its registers hold.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <class T>
@@ -104,7 +104,7 @@ struct Layer {
   Rows24<T> rows;
   Inputs<T> inputs;
   const T *bias;
-  float *parts;
+  float *partials;
   T *y;
   int tokens;
 };
@@ -117,18 +117,18 @@ __device__ uint4 load(const Inputs<T> &inputs, int token, int column) {
   return *reinterpret_cast<const uint4 *>(inputs.x + static_cast<int64_t>(token) * inputs.stride + column);
 }
 
-// One row a place of `parts` [splits, tokens, rows], or of y where nothing is split. WHOLE where every tile and every
-// token is: the paths for others, long as they are, are then not in the way of the loads.
+// One row a place of `partials` [split_k, tokens, rows], or of y where nothing is split. WHOLE where every tile and
+// every token is: the paths for others, long as they are, are then not in the way of the loads.
 template <class T, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
   __shared__ float sums[WARPS][TOKENS][ROWS + 1];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, member = lane % 4;
-  const int first_row = blockIdx.x * ROWS, split = blockIdx.y, splits = gridDim.y;
-  const int chunks = ceil_div(p.rows.n, SPAN<T>), end = chunks * (split + 1) / splits;
+  const int first_row = blockIdx.x * ROWS, split = blockIdx.y, split_k = gridDim.y;
+  const int chunks = ceil_div(p.rows.n, SPAN<T>), end = chunks * (split + 1) / split_k;
   LaneRows<T> rows = p.rows.of_lane(first_row + group * LANE_ROWS);
   if (WHOLE) rows.whole = true;
   float part[2][TOKENS / 8][4] = {};
-  for (int first = chunks * split / splits + warp; first < end; first += DEPTH<T> * WARPS) {
+  for (int first = chunks * split / split_k + warp; first < end; first += DEPTH<T> * WARPS) {
     uint4 stored[DEPTH<T>][4];
     uint32_t codes[DEPTH<T>][PAIRS<T>];
 #pragma unroll
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
     if (row >= p.rows.end) continue;
     const float sum = total(sums, token, i % ROWS);
     const int64_t at = static_cast<int64_t>(token) * p.rows.end + row;
-    if (splits > 1) {
-      p.parts[static_cast<int64_t>(split) * p.tokens * p.rows.end + at] = sum;
+    if (split_k > 1) {
+      p.partials[static_cast<int64_t>(split) * p.tokens * p.rows.end + at] = sum;
     } else {
       p.y[at] = T(p.bias ? sum + to_float(p.bias[row]) : sum);
     }
@@ -188,17 +188,17 @@ __global__ void __launch_bounds__(THREADS) product_kernel(const Layer<T> p) {
 }
 
 template <class T>
-__global__ void fold_kernel(const Layer<T> p, int splits) {
+__global__ void fold_kernel(const Layer<T> p, int split_k) {
   const int64_t size = static_cast<int64_t>(p.tokens) * p.rows.end;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= size) return;
   float sum = p.bias ? to_float(p.bias[i % p.rows.end]) : 0.0f;
-  for (int split = 0; split < splits; ++split) sum += p.parts[split * size + i];
+  for (int split = 0; split < split_k; ++split) sum += p.partials[split * size + i];
   p.y[i] = T(sum);
 }
 
 template <class T>
-cudaError_t run(const Sparse24LinearArgs &s) {
+cudaError_t run(const Sparse24LinearCudaArgs &s) {
   int device = 0, processors = 1;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -210,27 +210,27 @@ cudaError_t run(const Sparse24LinearArgs &s) {
   const Layer<T> layer{{values, positions, s.outputs, s.inputs, aligned},
                        {x, nullptr, s.tokens, s.inputs, s.inputs, false, x_aligned},
                        static_cast<const T *>(s.bias),
-                       static_cast<float *>(s.parts),
+                       static_cast<float *>(s.workspace),
                        static_cast<T *>(s.y),
                        s.tokens};
   // A block a multiprocessor, as far as each warp of a block then has work.
-  const int tiles = ceil_div(s.outputs, ROWS), most = std::clamp(s.inputs / (SPAN<T> * WARPS), 1, MAX_SPLITS);
-  const int splits = std::clamp(processors / tiles, 1, most);
+  const int tiles = ceil_div(s.outputs, ROWS), most = std::clamp(s.inputs / (SPAN<T> * WARPS), 1, MAX_SPLIT_K);
+  const int split_k = std::clamp(processors / tiles, 1, most);
   const auto stream = static_cast<cudaStream_t>(s.stream);
   if (aligned && x_aligned && s.outputs % TILE == 0) {
-    product_kernel<T, true><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
+    product_kernel<T, true><<<dim3(tiles, split_k), THREADS, 0, stream>>>(layer);
   } else {
-    product_kernel<T, false><<<dim3(tiles, splits), THREADS, 0, stream>>>(layer);
+    product_kernel<T, false><<<dim3(tiles, split_k), THREADS, 0, stream>>>(layer);
   }
-  if (splits > 1) fold_kernel<T><<<ceil_div(s.tokens * s.outputs, THREADS), THREADS, 0, stream>>>(layer, splits);
+  if (split_k > 1) fold_kernel<T><<<ceil_div(s.tokens * s.outputs, THREADS), THREADS, 0, stream>>>(layer, split_k);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-int64_t sparse24_parts_needed(int tokens, int outputs) { return int64_t{MAX_SPLITS} * tokens * outputs; }
+int64_t sparse24_linear_workspace(int tokens, int outputs) { return int64_t{MAX_SPLIT_K} * tokens * outputs; }
 
-const char *sparse24_linear(const Sparse24LinearArgs &args) {
+const char *sparse24_linear(const Sparse24LinearCudaArgs &args) {
   cudaError_t error = cudaErrorInvalidValue;
   if (args.tokens <= TOKENS && args.inputs % 8 == 0) {
     error = args.dtype == 0 ? run<float>(args) : args.dtype == 1 ? run<__nv_bfloat16>(args) : run<__half>(args);

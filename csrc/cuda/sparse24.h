@@ -9,12 +9,12 @@
 
 namespace pycompress::cuda {
 
-struct Sparse24LinearArgs {
+struct Sparse24LinearCudaArgs {
   const void *x;          // [tokens, inputs]
   const void *values;     // [outputs, inputs / 2]
   const void *positions;  // [outputs, inputs / 8]
   const void *bias;       // [outputs] or null
-  void *parts;            // sparse24_parts_needed() floats, overwritten
+  void *workspace;        // sparse24_linear_workspace() floats, overwritten
   void *y;                // [tokens, outputs]
   int tokens, inputs, outputs;
   int dtype;  // 0 float32, 1 bfloat16, 2 float16
@@ -22,9 +22,9 @@ struct Sparse24LinearArgs {
 };
 
 // Floats of workspace a call needs.
-int64_t sparse24_parts_needed(int tokens, int outputs);
+int64_t sparse24_linear_workspace(int tokens, int outputs);
 
 // Launches on the stream and returns null, or the CUDA runtime's words for why it could not.
-const char *sparse24_linear(const Sparse24LinearArgs &args);
+const char *sparse24_linear(const Sparse24LinearCudaArgs &args);
 
 }  // namespace pycompress::cuda

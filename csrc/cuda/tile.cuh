@@ -67,7 +67,14 @@ __device__ inline uint4 load16(const void *from, int bytes, bool aligned) {
   const int before = static_cast<int>(address & 3);
   uint32_t found[5], kept[4];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) found[i] = 4 * i < before + bytes ? words[i] : 0;
+  for (int i = 0; i < 5; ++i) {
+    const int left = before + bytes - 4 * i;  // of this word; what is behind them may be behind the tensor's end
+    found[i] = left >= 4 ? words[i] : 0;
+    if (left > 0 && left < 4) {
+      const auto *ends = reinterpret_cast<const uint8_t *>(words + i);
+      for (int byte = 0; byte < left; ++byte) found[i] |= static_cast<uint32_t>(ends[byte]) << (8 * byte);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int left = bytes - 4 * i;

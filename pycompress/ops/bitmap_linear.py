@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pycompress import _ext
 from pycompress.formats import zeros
 from pycompress.ops import _library
+from pycompress.ops._arguments import SparseLinearArgs
 from pycompress.ops._checks import check_bitmap, check_tensors, once
 from pycompress.ops._library import DTYPE_CODES, autocast, autocasts, call, register, tokens_of
 from pycompress.ops._sparse_checks import check_layer
@@ -57,19 +58,11 @@ def _cpu(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tenso
     code = DTYPE_CODES.get(x.dtype)
     if code is None or not x.numel():
         return bitmap_linear_ref(x, values, bitmap, offsets, bias)
-    # All are held here until the call is over: an address keeps no temporary alive.
     tokens, values, bitmap, offsets = tokens_of(x), values.contiguous(), bitmap.contiguous(), offsets.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], len(bitmap)), dtype=x.dtype)
-    _ext.C.bitmap_linear(
-        *_ext.addresses(tokens, values, bitmap, offsets, bias, y),
-        *tokens.shape,
-        len(bitmap),
-        tokens.stride(0),
-        len(values),
-        code,
-        _ext.threads(),
-    )
+    sizes = (*tokens.shape, len(bitmap), tokens.stride(0), len(values))
+    _ext.C.bitmap_linear(SparseLinearArgs(tokens, values, bitmap, offsets, bias, y, *sizes, code, _ext.threads()))
     return y
 
 

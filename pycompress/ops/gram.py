@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pycompress import _ext
+from pycompress.ops._arguments import GramArgs
 from pycompress.ops._checks import check_floats, check_tensors
 from pycompress.ops._library import accumulator, dispatch, register, triton_kernel
 
@@ -48,7 +49,7 @@ def _cpu(x: Tensor, h: Tensor | None) -> Tensor:
     n, d = x.shape[-2:]
     y, x = y.contiguous(), x.contiguous()
     out = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
-    _ext.C.gram(*_ext.addresses(y, x, out), x.shape[:-2].numel(), n, d, _ext.threads())
+    _ext.C.gram(GramArgs(y, x, out, x.shape[:-2].numel(), n, d, _ext.threads()))
     return out
 
 

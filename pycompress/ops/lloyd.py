@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pycompress import _ext
 from pycompress.ops import _lloyd_ref as ref
+from pycompress.ops._arguments import LloydArgs, SeedArgs
 from pycompress.ops._checks import MOST_ITERATIONS, SEEDS, check_count, check_floats, check_range, check_tensors, once
 from pycompress.ops._library import accumulator, dispatch, register, triton_kernel
 from pycompress.ops.gram import gram as gram_of
@@ -95,8 +96,8 @@ def _kmeans_plus_plus_cpu(gram: Tensor, uniforms: Tensor, weights: Tensor | None
     seeds = torch.empty(uniforms.shape[:2], dtype=torch.int64)
     batch, k = seeds.shape
     trials = uniforms.shape[2] if uniforms.dim() == 3 else 1
-    tensors = (gram, uniforms, weights, seeds)
-    _ext.C.kmeans_plus_plus(*_ext.addresses(*tensors), batch, gram.stride(0), gram.shape[1], k, trials, _ext.threads())
+    sizes = (batch, gram.stride(0), gram.shape[1], k, trials, _ext.threads())
+    _ext.C.kmeans_plus_plus(SeedArgs(gram, uniforms, weights, seeds, *sizes))
     return seeds
 
 
@@ -125,7 +126,7 @@ def _run_cpu(
     labels = torch.empty((batch, n), dtype=torch.int64)
     inertia = torch.empty(batch, dtype=torch.float32)
     sizes = (batch, data.stride(0), n, d, seeds.shape[1], iterations, points, _ext.threads())
-    _ext.C.lloyd(*_ext.addresses(data, seeds, weights, labels, inertia), *sizes)
+    _ext.C.lloyd(LloydArgs(data, seeds, weights, labels, inertia, *sizes))
     return labels, inertia
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pycompress import _ext
+from pycompress.ops._arguments import CentreArgs
 from pycompress.ops._checks import (
     MOST_ITERATIONS,
     SEEDS,
@@ -146,7 +147,7 @@ def _cpu(
     def centre(y: Tensor) -> Tensor:
         centred = y.clone(memory_format=torch.contiguous_format)
         batch, n, columns = y.shape
-        _ext.C.centre(*_ext.addresses(centred, labels), batch, n, columns, clusters, _ext.threads())
+        _ext.C.centre(CentreArgs(centred, labels, batch, n, columns, clusters, _ext.threads()))
         return centred
 
     return _krylov(gram.float(), omega.float(), rank, centre, iterations)

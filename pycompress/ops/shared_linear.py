@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pycompress import _ext
 from pycompress.formats import codes
 from pycompress.ops import _shared_linear_checks as checks
+from pycompress.ops._arguments import SharedLinearArgs, SharedLinearCudaArgs
 from pycompress.ops._library import (
     DTYPE_CODES,
     PREFILL,
@@ -112,7 +113,6 @@ def _cpu(x: Tensor, *given: Any) -> Tensor:
     if code is None:
         checks.check_values(x, *given)
         return shared_linear_ref(x, *given)
-    # Held here until the call is over: an address keeps no temporary alive.
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in parts]
     rows = x if x.is_contiguous() else x.reshape(math.prod(x.shape[:-1]), inputs)
     if rows.stride(-1) != 1:
@@ -126,15 +126,8 @@ def _cpu(x: Tensor, *given: Any) -> Tensor:
             rows.view(tokens, inputs), SharedLayer._make([*tensors, share_input]), y.view(tokens, outputs), sizes
         )
     else:
-        _ext.C.shared_linear(
-            *_ext.addresses(rows, *tensors, y),
-            *sizes,
-            code,
-            storage_code,
-            wide,
-            share_input,
-            _ext.threads(),
-        )
+        kinds = (code, storage_code, wide, share_input)
+        _ext.C.shared_linear(SharedLinearArgs(rows, *tensors, y, *sizes, *kinds, _ext.threads()))
     return y
 
 
@@ -156,8 +149,9 @@ def _cpu_prefill(x: Tensor, layer: SharedLayer, y: Tensor, sizes: tuple[int, ...
     else:
         torch.mm(x, weight.T, out=reduced)
         product = torch.mm(low, factor.T, out=x.new_empty(len(x), len(factor)))
-    addresses = _ext.addresses(x, labels, channels, bias, reduced, product, y)
-    _ext.C.shared_linear_gather(*addresses, *sizes, layer.wide_indices, share_input, _ext.threads())
+    kinds = (DTYPE_CODES[x.dtype], STORAGE_CODES["float"], layer.wide_indices, share_input)
+    given = SharedLinearArgs(x, *layer[:-1], y, *sizes, *kinds, _ext.threads())
+    _ext.C.shared_linear_gather(given, reduced, product)
     if not share_input:
         return
     if bias is None:
@@ -179,21 +173,14 @@ def shared_linear_cuda_native(x: Tensor, *given: Any) -> Tensor:
     layer = SharedLayer(*given)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = x.new_empty((*x.shape[:-1], layer.outputs))
-    parts = x.new_empty(_ext.C.shared_linear_cuda_parts(len(rows), layer.clusters, layer.rank), dtype=torch.float32)
+    floats = _ext.C.shared_linear_cuda_workspace(len(rows), layer.clusters, layer.rank)
+    workspace = x.new_empty(floats, dtype=torch.float32)
     tensors = [t if t is None else t.contiguous() for t in layer[:-1]]
+    sizes = (*rows.shape, y.shape[-1], layer.clusters, layer.rank)
+    kinds = (DTYPE_CODES[x.dtype], STORAGE_CODES[codes.storage_of(layer.weight)], layer.wide_indices, layer.share_input)
     with torch.cuda.device(x.device):
-        _ext.C.shared_linear_cuda(
-            *_ext.addresses(rows, *tensors, parts, y),
-            *rows.shape,
-            y.shape[-1],
-            layer.clusters,
-            layer.rank,
-            DTYPE_CODES[x.dtype],
-            STORAGE_CODES[codes.storage_of(layer.weight)],
-            layer.wide_indices,
-            layer.share_input,
-            torch.cuda.current_stream().cuda_stream,
-        )
+        stream = torch.cuda.current_stream().cuda_stream
+        _ext.C.shared_linear_cuda(SharedLinearCudaArgs(rows, *tensors, workspace, y, *sizes, *kinds, stream))
     return y
 
 

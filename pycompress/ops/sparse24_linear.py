@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pycompress import _ext
 from pycompress.formats import zeros
 from pycompress.ops import _library
+from pycompress.ops._arguments import Sparse24LinearCudaArgs, SparseLinearArgs
 from pycompress.ops._checks import check_positions, check_tensors, once
 from pycompress.ops._library import (
     DTYPE_CODES,
@@ -63,18 +64,11 @@ def _cpu(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> T
     code = DTYPE_CODES.get(x.dtype)
     if code is None or not x.numel():
         return sparse24_linear_ref(x, values, positions, bias)
-    # All are held here until the call is over: an address keeps no temporary alive.
     tokens, values, positions = tokens_of(x), values.contiguous(), positions.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], len(values)), dtype=x.dtype)
-    _ext.C.sparse24_linear(
-        *_ext.addresses(tokens, values, positions, bias, y),
-        *tokens.shape,
-        len(values),
-        tokens.stride(0),
-        code,
-        _ext.threads(),
-    )
+    sizes = (*tokens.shape, len(values), tokens.stride(0), values.numel())
+    _ext.C.sparse24_linear(SparseLinearArgs(tokens, values, positions, None, bias, y, *sizes, code, _ext.threads()))
     return y
 
 
@@ -90,14 +84,13 @@ def sparse24_linear_cuda_native(x: Tensor, values: Tensor, positions: Tensor, bi
     values, positions = values.contiguous(), positions.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], len(values)))
-    parts = x.new_empty(_ext.C.sparse24_linear_cuda_parts(len(tokens), len(values)), dtype=torch.float32)
+    floats = _ext.C.sparse24_linear_cuda_workspace(len(tokens), len(values))
+    workspace = x.new_empty(floats, dtype=torch.float32)
+    sizes = (*tokens.shape, len(values), DTYPE_CODES[x.dtype])
     with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
         _ext.C.sparse24_linear_cuda(
-            *_ext.addresses(tokens, values, positions, bias, parts, y),
-            *tokens.shape,
-            len(values),
-            DTYPE_CODES[x.dtype],
-            torch.cuda.current_stream().cuda_stream,
+            Sparse24LinearCudaArgs(tokens, values, positions, bias, workspace, y, *sizes, stream)
         )
     return y
 

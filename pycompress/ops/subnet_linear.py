@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pycompress import _ext
+from pycompress.ops._arguments import SubnetLinearArgs
 from pycompress.ops._checks import check_floats, check_range, check_tensors, once
 from pycompress.ops._library import DTYPE_CODES, PREFILL, autocast, autocasts, call, register, tokens_of, triton_kernel
 
@@ -63,7 +64,6 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, co
     if code is None or not values or by_torch:
         _check_values(x, weight, bias, rows, columns)
         return subnet_linear_ref(x, weight, bias, rows, columns)
-    # All are held here until the call is over: an address keeps no temporary alive.
     tokens = tokens_of(x)
     if 1 not in weight.stride():
         weight = weight.contiguous()
@@ -72,17 +72,11 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, co
     along_rows, along_columns = weight.stride()
     outputs = height if rows is None else rows.shape[0]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    weight_stride = along_rows if along_columns == 1 else along_columns
+    sizes = (*tokens.shape, outputs, height, width, tokens.stride(0), weight_stride)
+    transposed = along_columns != 1
     _ext.C.subnet_linear(
-        *_ext.addresses(tokens, weight, bias, rows, columns, y),
-        *tokens.shape,
-        outputs,
-        height,
-        width,
-        tokens.stride(0),
-        along_rows if along_columns == 1 else along_columns,
-        code,
-        along_columns != 1,
-        _ext.threads(),
+        SubnetLinearArgs(tokens, weight, bias, rows, columns, y, *sizes, code, transposed, _ext.threads())
     )
     return y
 

@@ -36,29 +36,7 @@ PAGE = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-SHARED_LINEAR = [
-    *("x", "weight", "factor", "labels", "channels", "bias", "weight_scales", "factor_scales", "parts", "y"),
-    *("tokens", "inputs", "outputs", "k", "r", "dtype", "storage", "wide_indices", "share_input", "stream"),
-]
-SPARSE24_LINEAR = [
-    *("x", "values", "positions", "bias", "parts", "y"),
-    *("tokens", "inputs", "outputs", "dtype", "stream"),
-]
-FLAGS_OF_A_LAYER = {"wide_indices", "share_input"}
-
-
-def _arguments(name: str, fields: list[str]) -> type[ctypes.Structure]:
-    """The struct of a launcher's arguments: pointers up to y, then ints and flags, and a stream."""
-    kinds: dict[str, Any] = dict.fromkeys(fields[: fields.index("y") + 1], ctypes.c_void_p)
-    kinds |= dict.fromkeys(FLAGS_OF_A_LAYER, ctypes.c_bool) | {"stream": ctypes.c_void_p}
-    members = [(field, kinds.get(field, ctypes.c_int)) for field in fields]
-    return type(name, (ctypes.Structure,), {"_fields_": members})
-
-
-STRUCTS = {
-    "shared_linear": _arguments("SharedLinearArgs", SHARED_LINEAR),
-    "sparse24_linear": _arguments("Sparse24LinearArgs", SPARSE24_LINEAR),
-}
+SHARED, SPARSE = "SharedLinearCudaArgs", "Sparse24LinearCudaArgs"
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +59,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
-    for name in STRUCTS:
+    for name in (SHARED, SPARSE):
         getattr(loaded, name).restype = ctypes.c_char_p
-        getattr(loaded, f"{name}_parts").restype = ctypes.c_int64
+        getattr(loaded, f"{name}_workspace").restype = ctypes.c_int64
     loaded.on_host_pages.restype = ctypes.c_void_p
     return loaded
 
@@ -108,18 +86,18 @@ class Guarded:
 
 Call = Callable[..., Tensor]
 Place = Callable[[str, Tensor], "int | None"]
-# The parts are made by the caller and always start on 16 bytes.
+# The workspace is made by the caller and always starts on 16 bytes.
 PLACES: list[Place] = [
     lambda name, tensor: None,
     lambda name, tensor: 0,
-    lambda name, tensor: tensor.element_size() * (tensor.is_floating_point() and name != "parts"),
+    lambda name, tensor: tensor.element_size() * (tensor.is_floating_point() and name != "workspace"),
     lambda name, tensor: tensor.element_size() * (not tensor.is_floating_point()),
 ]
 
 
 @pytest.fixture
-def call(kernels: ctypes.CDLL) -> Call:
-    """Runs an op on tensors at the end of their pages, at the start, and some of them an element after it: one y.
+def call(kernels: ctypes.CDLL, structs: dict[str, list[tuple[str, type]]]) -> Call:
+    """Runs a launcher, named by the struct of its arguments, on tensors at the end of their pages, at the start, and some of them an element after it: one y.
 
     Threads take turns in their order and backwards.
     """
@@ -130,11 +108,12 @@ def call(kernels: ctypes.CDLL) -> Call:
         present = {name: t.clone() for name, t in tensors.items() if t is not None}
         arrays = {name: Guarded(kernels, t, place(name, t)) for name, t in present.items()}
         addresses = {name: array.address for name, array in arrays.items()}
-        error = getattr(kernels, op)(ctypes.byref(STRUCTS[op](**addresses, **sizes)))
+        struct = type(op, (ctypes.Structure,), {"_fields_": structs[op]})
+        error = getattr(kernels, op)(ctypes.byref(struct(**addresses, **sizes)))
         taken = {name: array.take() for name, array in arrays.items()}
         assert error is None, error.decode()
         for name, tensor in tensors.items():
-            if name not in ("parts", "y") and tensor is not None:
+            if name not in ("workspace", "y") and tensor is not None:
                 assert torch.equal(taken[name], tensor), f"{name} was written"
         return taken["y"]
 
@@ -142,9 +121,9 @@ def call(kernels: ctypes.CDLL) -> Call:
         x = tensors["x"]
         assert x is not None
         counts = [sizes[name] for name in ("tokens", "k", "r") if name in sizes] + [sizes["outputs"]]
-        parts = getattr(kernels, f"{op}_parts")(*counts[:3])
+        floats = getattr(kernels, f"{op}_workspace")(*counts[:3])
         written = {
-            "parts": torch.full((parts,), torch.nan),
+            "workspace": torch.full((floats,), torch.nan),
             "y": torch.full((sizes["tokens"], sizes["outputs"]), torch.nan, dtype=x.dtype),
         }
         sizes["dtype"] = DTYPES.index(x.dtype)
@@ -240,7 +219,7 @@ def test_shared_linear_agrees_with_float64(
     tokens, processors = (1, 100) if stored != "float" else (3, 100) if inputs > 1000 else (18, 1)
     x, bias = _normal(tokens, inputs, seed=4, dtype=dtype) / 8, _normal(outputs, seed=5, dtype=dtype)
     y = call(
-        "shared_linear",
+        SHARED,
         layer | {"x": x, "bias": bias if outputs % 2 else None},
         processors,
         tokens=tokens,
@@ -284,16 +263,58 @@ def test_sparse24_linear_agrees_with_float64(
     sizes = {"tokens": tokens, "inputs": inputs, "outputs": outputs}
     exact = x.double().numpy() @ dense.T + (bias.double().numpy() if tokens != 3 else 0)
     for processors in {1, 100 if inputs > 1000 else 1}:
-        _check(call("sparse24_linear", tensors, processors, **sizes), exact)
+        _check(call(SPARSE, tensors, processors, **sizes), exact)
 
 
-def test_what_a_kernel_cannot_take_is_an_error(kernels: ctypes.CDLL) -> None:
-    arguments = STRUCTS["sparse24_linear"](tokens=17, inputs=8, outputs=1)
-    assert kernels.sparse24_linear(ctypes.byref(arguments)) == b"invalid argument"
+def test_what_a_kernel_cannot_take_is_an_error(call: Call) -> None:
+    layer, _ = _sparse_layer(1, 8, torch.float32)
+    with pytest.raises(AssertionError, match="invalid argument"):
+        call(SPARSE, layer | {"x": _normal(17, 8), "bias": None}, tokens=17, inputs=8, outputs=1)
 
 
 def test_a_read_outside_the_arrays_is_found(kernels: ctypes.CDLL, call: Call) -> None:
     layer, _ = _sparse_layer(32, 64, torch.bfloat16)
     sizes = {"tokens": 1, "inputs": 64, "outputs": 33}
     with pytest.raises(AssertionError, match="an address outside the arrays"):
-        call("sparse24_linear", layer | {"x": _normal(1, 64, dtype=torch.bfloat16), "bias": None}, 1, **sizes)
+        call(SPARSE, layer | {"x": _normal(1, 64, dtype=torch.bfloat16), "bias": None}, 1, **sizes)
+
+
+LOADS = """
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+
+#include "tile.cuh"
+
+// Every end of a tensor, from every place that its numbers may start at: no byte before or behind it is read.
+int main() {
+  for (int size = 1; size <= 40; ++size) {
+    for (int start = 0; start < size; ++start) {
+      auto *all = static_cast<unsigned char *>(std::malloc(size));
+      for (int i = 0; i < size; ++i) all[i] = 17 * i + size;
+      for (int bytes = 0; start + bytes <= size; ++bytes) {
+        const uint4 found = pycompress::cuda::load16(all + start, bytes, false);
+        unsigned char taken[16];
+        std::memcpy(taken, &found, 16);
+        for (int i = 0; i < 16; ++i) {
+          if (taken[i] != (i < bytes ? all[start + i] : 0)) return 1;
+        }
+      }
+      std::free(all);
+    }
+  }
+}
+"""
+
+
+def test_the_end_of_a_tensor_is_not_passed(kernels: ctypes.CDLL, tmp_path: Path) -> None:
+    (tmp_path / "loads.cpp").write_text(LOADS)
+    (tmp_path / "tile.cuh").write_text((ROOT / "csrc" / "cuda" / "tile.cuh").read_text())
+    includes = ["-I", str(STAND_INS), "-I", str(tmp_path), "-isystem", str(HEADERS)]
+    program = str(tmp_path / "loads")
+    sources = [str(tmp_path / "loads.cpp"), *map(str, STAND_INS.glob("on_host.cpp"))]
+    command = ["g++", "-std=c++20", "-g", "-fsanitize=address", "-w", *includes, *sources, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]

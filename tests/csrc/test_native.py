@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pycompress import _ext, ops
+from pycompress.ops import _arguments
 from pycompress.ops.shared_linear import shared_linear_cuda_native
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,7 @@ import sys
 sys.modules["pycompress._C"] = None
 import torch
 from pycompress import _ext, ops
+from pycompress.ops import _arguments
 assert _ext.C is None and _ext.why
 x = torch.randn(40, 6)
 labels, _ = ops.kmeans(x, clusters=3)
@@ -184,3 +186,31 @@ def test_only_a_build_in_place_touches_the_checkouts_module(tmp_path: Path) -> N
     assert (tmp_path / "stage" / "pycompress" / "_C.why").exists()
     _build(tmp_path, {"PYCOMPRESS_NO_NATIVE": "1"}, "--inplace")
     assert [file.name for file in module.parent.iterdir()] == ["_C.why"]
+
+
+def test_python_and_csrc_declare_the_same_arguments(structs: dict[str, list[tuple[str, type]]]) -> None:
+    tuples = {name: kind for name, kind in vars(_arguments).items() if name.endswith("Args")}
+    assert {name: kind._fields for name, kind in tuples.items()} == {
+        name: tuple(field for field, _ in fields) for name, fields in structs.items()
+    }
+
+
+@native
+def test_a_kernel_refuses_what_is_not_its_arguments() -> None:
+    gram = torch.ones(1, 2, 2)
+    whole = _arguments.GramArgs(gram, gram, gram.clone(), 1, 2, 2, 1)
+    for wrong in (whole[:-1], (*whole, 1), list(whole)):
+        with pytest.raises(TypeError, match="the tuple of its 7 arguments"):
+            _ext.C.gram(wrong)
+    with pytest.raises(IndexError, match="is no argument of a kernel"):
+        _ext.C.gram(whole._replace(threads=1 << 40))
+    with pytest.raises(AttributeError):
+        _ext.C.gram(whole._replace(left="a tensor"))
+
+
+@native
+def test_a_tensor_without_memory_is_refused() -> None:
+    gone = torch.ones(1, 2, 2)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a tensor of shape \[1, 2, 2\] has no memory: load it"):
+        ops.gram(gone)

@@ -527,5 +527,5 @@ def test_scales_of_int4_whose_blocks_are_not_whole_are_refused() -> None:
 def test_memory_that_was_given_back_is_refused() -> None:
     weight, *others = _layer()
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"a tensor of shape \(7, 7\) has no memory"):
+    with pytest.raises(ValueError, match=r"a tensor of shape \[7, 7\] has no memory"):
         shared_linear(torch.randn(2, 7), weight, *others, share="output")

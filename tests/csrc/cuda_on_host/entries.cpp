@@ -2,19 +2,17 @@
 #include "shared_linear.h"
 #include "sparse24.h"
 
+using namespace pycompress;
+
 extern "C" {
 
-const char *shared_linear(const pycompress::cuda::SharedLinearArgs *args) {
-  return pycompress::cuda::shared_linear(*args);
-}
+const char *SharedLinearCudaArgs(const cuda::SharedLinearCudaArgs *args) { return cuda::shared_linear(*args); }
 
-int64_t shared_linear_parts(int tokens, int k, int r) { return pycompress::cuda::parts_needed(tokens, k, r); }
+int64_t SharedLinearCudaArgs_workspace(int tokens, int k, int r) { return cuda::shared_linear_workspace(tokens, k, r); }
 
-const char *sparse24_linear(const pycompress::cuda::Sparse24LinearArgs *args) {
-  return pycompress::cuda::sparse24_linear(*args);
-}
+const char *Sparse24LinearCudaArgs(const cuda::Sparse24LinearCudaArgs *args) { return cuda::sparse24_linear(*args); }
 
-int64_t sparse24_linear_parts(int tokens, int outputs) {
-  return pycompress::cuda::sparse24_parts_needed(tokens, outputs);
+int64_t Sparse24LinearCudaArgs_workspace(int tokens, int outputs) {
+  return cuda::sparse24_linear_workspace(tokens, outputs);
 }
 }
