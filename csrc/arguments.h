@@ -42,6 +42,10 @@ struct Field {
       return static_cast<T>(address_of(value));
     } else if constexpr (std::is_same_v<T, bool>) {
       return value == Py_True;
+    } else if constexpr (std::is_floating_point_v<T>) {
+      const double number = PyFloat_AsDouble(value);
+      if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+      return static_cast<T>(number);
     } else {
       const long long number = PyLong_AsLongLong(value);
       if (number == -1 && PyErr_Occurred()) throw py::error_already_set();

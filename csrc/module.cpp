@@ -12,7 +12,6 @@
 #include "arguments.h"
 #include "cpu/dispatch.h"
 #ifdef PYCOMPRESS_CUDA
-#include "cuda/shared_linear.h"
 #include "cuda/sparse24.h"
 #endif
 
@@ -65,6 +64,10 @@ void check_arguments(const LloydArgs &s) { check_indices("seeds", s.seeds, s.bat
 
 void check_arguments(const CentreArgs &s) { check_indices("labels", s.labels, s.batch * s.n, s.k); }
 
+void check_arguments(const RoundPanelArgs &) {}
+
+void check_arguments(const PrunePanelArgs &) {}
+
 void check_arguments(const SharedLinearArgs &s) { s.wide_indices ? check_layer<int32_t>(s) : check_layer<int16_t>(s); }
 
 void check_arguments(const SubnetLinearArgs &s) {
@@ -76,11 +79,11 @@ void check_arguments(const SubnetLinearArgs &s) {
 void check_arguments(const SparseLinearArgs &s) {
   if (!s.offsets) return;
   const int64_t tiles = (s.outputs + SPARSE_TILE - 1) / SPARSE_TILE, places = SPARSE_TILE * s.inputs;
-  bool good = s.offsets[0] == 0 && s.offsets[tiles] == s.count;
+  bool good = s.offsets[0] == 0 && s.offsets[tiles] == s.value_count;
   for (int64_t i = 0; i < tiles; ++i)
     good = good && s.offsets[i] <= s.offsets[i + 1] && s.offsets[i + 1] - s.offsets[i] <= places;
   if (good) return;
-  throw std::out_of_range("offsets must rise from 0 to the number of values, " + std::to_string(s.count) +
+  throw std::out_of_range("offsets must rise from 0 to the number of values, " + std::to_string(s.value_count) +
                           ", by at most " + std::to_string(places) + " for " + std::to_string(SPARSE_TILE) + " rows");
 }
 
@@ -125,8 +128,6 @@ PYBIND11_MODULE(_C, m) {
   PYCOMPRESS_OPS(PYCOMPRESS_DEF, )
 #undef PYCOMPRESS_DEF
 #ifdef PYCOMPRESS_CUDA
-  m.def("shared_linear_cuda", launched("shared_linear", cuda::shared_linear));
-  m.def("shared_linear_cuda_workspace", cuda::shared_linear_workspace);
   m.def("sparse24_linear_cuda", launched("sparse24_linear", cuda::sparse24_linear));
   m.def("sparse24_linear_cuda_workspace", cuda::sparse24_linear_workspace);
 #endif

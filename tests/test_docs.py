@@ -44,7 +44,15 @@ NAMES = {
     "pycompress.laws": ["Advice", "Coefficient", "Estimate", "HeldOut", "Law", "advise", "fit", "fit_methods"],
     "pycompress.ops": [
         *("OPS", "bitmap_linear", "gram", "kernel_in_use", "kmeans", "kmeans_plus_plus", "lloyd", "lloyd_points"),
-        *("lowrank", "shared_linear", "sparse24_linear", "subnet_linear", "truncated_svd"),
+        *(
+            "lowrank",
+            "prune_panel",
+            "round_panel",
+            "shared_linear",
+            "sparse24_linear",
+            "subnet_linear",
+            "truncated_svd",
+        ),
     ],
     "pycompress.hub": ["PycompressConfig", "PycompressQuantizer", "add_loading_code", "compressed_modules", "register"],
 }

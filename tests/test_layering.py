@@ -28,7 +28,7 @@ FLOORS: tuple[dict[str, tuple[str, ...]], ...] = (
                 "gram",
                 "lowrank",
             ),
-            *("lloyd", "shared_linear", "subnet_linear", "sparse24_linear", "bitmap_linear"),
+            *("panel", "lloyd", "shared_linear", "subnet_linear", "sparse24_linear", "bitmap_linear"),
         ),
         "search": ("space", "result", "evolution"),
         "architectures": ("description", "subnet", "geometry", "supported", "model"),

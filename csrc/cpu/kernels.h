@@ -49,6 +49,33 @@ struct CentreArgs {
   int threads;
 };
 
+constexpr int64_t PANEL_COLUMNS = 256;  // the most that a panel has
+
+struct RoundPanelArgs {
+  const float *values;      // [columns, rows]
+  const float *factor;      // [columns, columns], rows factor_stride apart, its upper triangle
+  float *scales;            // [columns, rows], given; or with `choose` [ceil(columns / group), rows], written
+  const float *reductions;  // [tries]
+  int8_t *codes;            // [columns, rows]
+  float *lost;              // [columns, rows]: errors over the factor's diagonal
+  int64_t columns, rows, factor_stride, group, tries;
+  int low, high;      // of the codes
+  float most, least;  // what scales are held within, and what a zero becomes
+  Dtype dtype;        // of the scales
+  bool choose;
+  int threads;
+};
+
+struct PrunePanelArgs {
+  const float *values;  // [columns, rows]
+  const float *factor;  // [columns, columns], rows factor_stride apart, its upper triangle
+  const bool *gone;     // [columns, rows]; or null: of every `size` columns `keep` are kept
+  float *kept;          // [columns, rows]
+  float *lost;          // [columns, rows]: errors over the factor's diagonal
+  int64_t columns, rows, factor_stride, keep, size;
+  int threads;
+};
+
 struct SharedLinearArgs {
   const void *x;         // [tokens, inputs], rows x_stride apart
   const void *weight;    // output: [k + r, inputs]; input: [outputs, k + r]
@@ -91,18 +118,20 @@ struct SparseLinearArgs {  // pycompress/formats/zeros.py
   const void *bias;        // [outputs] or null
   void *y;                 // [tokens, outputs]
   int64_t tokens, inputs, outputs, x_stride;
-  int64_t count;  // of values
+  int64_t value_count;
   Dtype dtype;
   int threads;
 };
 
 // Every op of a level, by the sources that hold them: the one list, from which levels are declared and chosen and the
 // Python module is made. X(level, op, arguments).
-#define PYCOMPRESS_STATISTICS(X, level)          \
-  X(level, gram, (const GramArgs &))             \
-  X(level, kmeans_plus_plus, (const SeedArgs &)) \
-  X(level, lloyd, (const LloydArgs &))           \
-  X(level, centre, (const CentreArgs &))
+#define PYCOMPRESS_STATISTICS(X, level)           \
+  X(level, gram, (const GramArgs &))              \
+  X(level, kmeans_plus_plus, (const SeedArgs &))  \
+  X(level, lloyd, (const LloydArgs &))            \
+  X(level, centre, (const CentreArgs &))          \
+  X(level, round_panel, (const RoundPanelArgs &)) \
+  X(level, prune_panel, (const PrunePanelArgs &))
 // Of `shared_linear_gather`, what of a float32 layer is no product. Output sharing: y from `reduced` [tokens, k + r]
 // and the product of its low-rank part with the factor. Input sharing: what `reduced` lacks besides the factor's
 // product.

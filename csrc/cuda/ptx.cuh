@@ -17,17 +17,6 @@ using FragA = uint2;
 using FragB = uint2;
 using FragC = float[4];
 
-// Of a kernel launched while the one before it still runs: nothing that kernel wrote is read before this, and nothing
-// is written. Then the next kernel may come.
-__device__ inline void griddepcontrol_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void prefetch(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 __device__ inline void mma(__nv_bfloat16, FragC &c, FragA a0, FragA a1, FragB b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -114,7 +114,7 @@ template <bool WHOLE, class T>
 __device__ uint4 load(const Inputs<T> &inputs, int token, int column) {
   if (!WHOLE) return inputs.load(token, column);
   if (token >= inputs.tokens || column >= inputs.n) return {0, 0, 0, 0};
-  return *reinterpret_cast<const uint4 *>(inputs.x + static_cast<int64_t>(token) * inputs.stride + column);
+  return *reinterpret_cast<const uint4 *>(inputs.x + static_cast<int64_t>(token) * inputs.n + column);
 }
 
 // One row a place of `partials` [split_k, tokens, rows], or of y where nothing is split. WHOLE where every tile and
@@ -208,7 +208,7 @@ cudaError_t run(const Sparse24LinearCudaArgs &s) {
   const auto *positions = static_cast<const uint8_t *>(s.positions);
   const bool aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0 && reinterpret_cast<uintptr_t>(positions) % 4 == 0;
   const Layer<T> layer{{values, positions, s.outputs, s.inputs, aligned},
-                       {x, nullptr, s.tokens, s.inputs, s.inputs, false, x_aligned},
+                       {x, s.tokens, s.inputs, x_aligned},
                        static_cast<const T *>(s.bias),
                        static_cast<float *>(s.workspace),
                        static_cast<T *>(s.y),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pycompress.formats import codes as storage
 from pycompress.formats.packed import SharedChannels, indices, whole_factor
+from pycompress.ops.panel import chosen_scale, round_panel
 
 DAMPING = 1e-2
 RIDGE = 1e-6
@@ -23,6 +24,8 @@ TINY = 1e-200
 REDUCTIONS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
 # Columns whose corrections are applied to the others together.
 PANEL = 128
+# Columns whose scales are chosen together.
+SCALED = 1024
 
 
 @dataclass(frozen=True)
@@ -110,26 +113,29 @@ def _rounded(
     groups are of the columns where they were, and scales those of the values as they are.
     """
     n, group = len(values), _group(len(values), kind)
-    places = range(n) if sorted_ else inverse.order.tolist()
-    rest, factor = values.contiguous().clone(), inverse.factor
+    rest, factor, (low, high) = values.contiguous().clone(), inverse.factor, storage.RANGE[kind]
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    if sorted_:
+    in_turn = sorted_ and group <= PANEL
+    if in_turn:
         scales = rest.new_empty(storage.scales_shape(rest.shape[1], n, kind)[::-1])
     else:
-        scales = _scales(rest[inverse.order.argsort()], kind, dtype)
+        scales = _scales(rest if sorted_ else rest[inverse.order.argsort()], kind, dtype)
+    places = torch.arange(n, device=rest.device) if sorted_ else inverse.order
     for first in range(0, n, PANEL):
-        stop = min(first + PANEL, n)
-        lost = torch.empty_like(rest[first:stop])
-        for column in range(first, stop):
-            at = places[column] // group
-            if sorted_ and column % group == 0:
-                scales[at] = _scale(rest[column : column + group], kind, dtype)
-            code = _codes(rest[column], scales[at], kind)
-            codes[column] = code
-            error = torch.addcmul(rest[column], code, scales[at], value=-1).div_(factor[column, column])
-            lost[column - first] = error
-            rest[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        rest[stop:].addmm_(factor[first:stop, stop:].T, lost, alpha=-1)
+        panel = slice(first, min(first + PANEL, n))
+        codes[panel], lost, chosen = round_panel(
+            rest[panel],
+            factor[panel, panel],
+            None if in_turn else scales[places[panel] // group],
+            low=low,
+            high=high,
+            group=group,
+            reductions=REDUCTIONS[kind],
+            dtype=dtype,
+        )
+        if in_turn:
+            scales[first // group : first // group + len(chosen)] = chosen
+        rest[panel.stop :].addmm_(factor[panel, panel.stop :].T, lost, alpha=-1)
     return codes, scales
 
 
@@ -149,38 +155,13 @@ def _stretched(scales: Tensor, n: int, kind: str) -> Tensor:
 
 def _scales(values: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The scales of `values [n, rows]`, `[groups, rows]`."""
-    groups = values.split(_group(len(values), kind))
+    size, (low, high) = _group(len(values), kind), storage.RANGE[kind]
     if not len(values):
         return values.new_ones(storage.scales_shape(values.shape[1], 0, kind)[::-1])
-    return torch.stack([_scale(group, kind, dtype) for group in groups])
-
-
-def _scale(group: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """Of a group `[columns, rows]`, each row's scale that loses least by plain rounding, as `dtype` can hold it.
-
-    int4 has one code more below zero than above: its scale may be negative, so that the largest value takes that code.
-    """
-    low, high = storage.RANGE[kind]
-    extreme = group.gather(0, group.abs().argmax(0, keepdim=True))[0]
-    unit = torch.where(extreme == 0, 1.0, extreme.abs())
-    ends = [unit / high] if low == -high else [unit / high, extreme / low]
-    relative = group / unit
-    best, least = unit, torch.full_like(unit, torch.inf)
-    for end in ends:
-        for reduction in REDUCTIONS[kind]:
-            scale = _held(reduction * end, high, dtype)
-            step = scale / unit
-            error = torch.addcmul(relative, _codes(relative, step, kind), step, value=-1).square_().sum(0)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
-
-
-def _held(scale: Tensor, high: int, dtype: torch.dtype) -> Tensor:
-    """Scales as `dtype` holds them: neither zero nor so large that the highest code's value is infinite."""
-    limits = torch.finfo(dtype)
-    most = limits.max / high * (1 - limits.eps)
-    held = scale.clamp(-most, most).to(dtype).float()
-    return torch.where(held == 0, limits.smallest_normal * limits.eps, held)
+    whole, at_once = len(values) // size * size, max(SCALED // size, 1) * size
+    parts = [part.unflatten(0, (-1, size)) for part in values[:whole].split(at_once) if len(part)]
+    parts += [values[None, whole:]] if whole < len(values) else []
+    return torch.cat([chosen_scale(part, low, high, list(REDUCTIONS[kind]), dtype) for part in parts])
 
 
 def round_whole(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pycompress.methods._gptq import PANEL, inverse_cholesky
+from pycompress.ops.panel import prune_panel
 
 
 def least(scores: Tensor, count: int) -> Tensor:
@@ -41,27 +42,22 @@ def _by_energy(gram: Tensor, size: int) -> Tensor:
 def _pruned(weight: Tensor, gram: Tensor, sparsity: float, group: tuple[int, int] | None) -> Tensor:
     """As `sparsegpt`, column after column as they are given."""
     # Of an input that is always zero the weights are worth nothing.
-    rest = weight.float().masked_fill(gram.diagonal() == 0, 0)
-    columns = rest.shape[1]
-    factor = inverse_cholesky(gram)
-    prices = factor.diagonal().square()
-    step = PANEL if group is None else max(PANEL // group[1], 1) * group[1]
+    rest = weight.float().masked_fill(gram.diagonal() == 0, 0).T.contiguous()
+    columns, factor = len(rest), inverse_cholesky(gram)
+    prices = factor.diagonal().square()[:, None]
+    keep, size = group or (0, 1)
+    step = max(PANEL // size, 1) * size
     for first in range(0, columns, step):
-        panel = slice(first, min(first + step, columns))
-        costs = rest[:, panel].square() / prices[panel]
+        outer = slice(first, min(first + step, columns))
+        gone = None
         if group is None:
-            gone = least(costs.flatten(), round(sparsity * costs.numel())).view_as(costs)
-        else:
-            gone = torch.zeros_like(costs, dtype=torch.bool)
-        lost = torch.zeros_like(costs)
-        for column in range(panel.start, panel.stop):
-            here = column - first
-            if group is not None and here % group[1] == 0:
-                near = slice(column, column + group[1])
-                gone[:, here : here + group[1]] = least(rest[:, near].square() / prices[near], group[1] - group[0])
-            error = rest[:, column] * gone[:, here] / factor[column, column]
-            rest[:, column : panel.stop] -= error[:, None] * factor[column, column : panel.stop]
-            lost[:, here] = error
-        rest[:, panel].masked_fill_(gone, 0)
-        rest[:, panel.stop :] -= lost @ factor[panel, panel.stop :]
-    return rest
+            costs = (rest[outer].square() / prices[outer]).T
+            gone = least(costs.flatten(), round(sparsity * costs.numel())).view_as(costs).T
+        elif size > PANEL:  # a group of several panels is chosen when its first column's turn comes
+            gone = least((rest[outer].square() / prices[outer]).T, size - keep).T
+        for start in range(first, outer.stop, PANEL):
+            panel = slice(start, min(start + PANEL, outer.stop))
+            mask = None if gone is None else gone[panel.start - first : panel.stop - first]
+            rest[panel], lost = prune_panel(rest[panel], factor[panel, panel], mask, keep=keep, size=size)
+            rest[panel.stop :].addmm_(factor[panel, panel.stop :].T, lost, alpha=-1)
+    return rest.T.contiguous()

@@ -1,7 +1,7 @@
 """What each native kernel takes, field by field as the C++ struct of its name in csrc has it.
 
-Tensors are given as they are: the native module takes their addresses, and the tuple keeps them alive meanwhile. None is
-a null pointer. Shapes and meanings are told beside the structs.
+Tensors are given as they are: the native module takes their addresses, and the tuple keeps them alive meanwhile. None
+is a null pointer. Shapes and meanings are told beside the structs.
 """
 
 from __future__ import annotations
@@ -60,6 +60,41 @@ class CentreArgs(NamedTuple):
     threads: int
 
 
+class RoundPanelArgs(NamedTuple):
+    values: Tensor
+    factor: Tensor
+    scales: Tensor
+    reductions: Tensor
+    codes: Tensor
+    lost: Tensor
+    columns: int
+    rows: int
+    factor_stride: int
+    group: int
+    tries: int
+    low: int
+    high: int
+    most: float
+    least: float
+    dtype: int
+    choose: bool
+    threads: int
+
+
+class PrunePanelArgs(NamedTuple):
+    values: Tensor
+    factor: Tensor
+    gone: Tensor | None
+    kept: Tensor
+    lost: Tensor
+    columns: int
+    rows: int
+    factor_stride: int
+    keep: int
+    size: int
+    threads: int
+
+
 class SharedLinearArgs(NamedTuple):
     x: Tensor
     weight: Tensor | None
@@ -113,32 +148,9 @@ class SparseLinearArgs(NamedTuple):
     inputs: int
     outputs: int
     x_stride: int
-    count: int
+    value_count: int
     dtype: int
     threads: int
-
-
-class SharedLinearCudaArgs(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    factor: Tensor
-    labels: Tensor | None
-    channels: Tensor | None
-    bias: Tensor | None
-    weight_scales: Tensor | None
-    factor_scales: Tensor | None
-    workspace: Tensor
-    y: Tensor
-    tokens: int
-    inputs: int
-    outputs: int
-    k: int
-    r: int
-    dtype: int
-    storage: int
-    wide_indices: bool
-    share_input: bool
-    stream: int
 
 
 class Sparse24LinearCudaArgs(NamedTuple):

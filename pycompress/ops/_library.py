@@ -25,6 +25,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tokens from which torch's float32 products on the CPU are faster than the native ones; its 16-bit ones are slower.
 PREFILL = 25
 DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+# Asked once: `torch.compile` cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+)
 _references: dict[Any, Callable[..., Any]] = {}
 
 
@@ -126,7 +130,7 @@ def dispatch(op: Any, *args: Any) -> Any:
     """`op(*args)`, with TypeError and ValueError instead of the dispatcher's RuntimeError for what is no tensor."""
     if not torch.compiler.is_compiling():
         for argument, given in zip(op._schema.arguments, args, strict=True):
-            _check_argument(argument.name, str(argument.type), given)
+            _check_argument(argument.name, str(argument.real_type), given)
     return op(*args)
 
 
@@ -136,7 +140,7 @@ def _check_argument(name: str, kind: str, given: Any) -> None:
     if kind == "int" and isinstance(given, (int, torch.SymInt)) and not isinstance(given, bool):
         if isinstance(given, int) and not -(1 << 63) <= given < 1 << 63:
             raise ValueError(f"{name} must fit in 64 bits, got {given}")
-    elif kind != "bool" or not isinstance(given, bool):
+    elif kind in ("int", "bool", "Tensor", "Optional[Tensor]") and not (kind == "bool" and isinstance(given, bool)):
         wanted = {"int": "an integer", "bool": "a bool"}.get(kind, "a tensor")
         raise TypeError(f"{name} must be {wanted}, got {type(given).__name__}")
 
@@ -225,7 +229,7 @@ def autocasts(tensor: Tensor) -> bool:
     if not isinstance(tensor, Tensor):
         return False
     device = tensor.device.type
-    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -62,7 +62,9 @@ def _cpu(x: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, bias: Tenso
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], len(bitmap)), dtype=x.dtype)
     sizes = (*tokens.shape, len(bitmap), tokens.stride(0), len(values))
-    _ext.C.bitmap_linear(SparseLinearArgs(tokens, values, bitmap, offsets, bias, y, *sizes, code, _ext.threads()))
+    _ext.C.bitmap_linear(
+        SparseLinearArgs._make((tokens, values, bitmap, offsets, bias, y, *sizes, code, _ext.threads()))
+    )
     return y
 
 

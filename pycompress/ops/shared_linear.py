@@ -21,16 +21,14 @@ from torch.nn import functional as F
 from pycompress import _ext
 from pycompress.formats import codes
 from pycompress.ops import _shared_linear_checks as checks
-from pycompress.ops._arguments import SharedLinearArgs, SharedLinearCudaArgs
+from pycompress.ops._arguments import SharedLinearArgs
 from pycompress.ops._library import (
     DTYPE_CODES,
     PREFILL,
     autocast,
     autocasts,
     call,
-    check_native_cuda,
     kernel_in_use,
-    native_cuda_built,
     register,
     triton_kernel,
 )
@@ -127,7 +125,7 @@ def _cpu(x: Tensor, *given: Any) -> Tensor:
         )
     else:
         kinds = (code, storage_code, wide, share_input)
-        _ext.C.shared_linear(SharedLinearArgs(rows, *tensors, y, *sizes, *kinds, _ext.threads()))
+        _ext.C.shared_linear(SharedLinearArgs._make((rows, *tensors, y, *sizes, *kinds, _ext.threads())))
     return y
 
 
@@ -139,7 +137,7 @@ def _sizes(x: Tensor, layer: SharedLayer) -> tuple[Any, ...]:
 
 def _cpu_prefill(x: Tensor, layer: SharedLayer, y: Tensor, sizes: tuple[int, ...]) -> None:
     """Write `y [M, N]` by torch's products; the native module gathers, scatters and sums by label."""
-    weight, factor, labels, channels, bias, *_, share_input = layer
+    weight, factor, _, channels, bias, *_, share_input = layer
     clusters, rank = sizes[3:5]
     reduced, product = x.new_empty(len(x), clusters + rank), None
     low = reduced[:, clusters:]
@@ -150,7 +148,7 @@ def _cpu_prefill(x: Tensor, layer: SharedLayer, y: Tensor, sizes: tuple[int, ...
         torch.mm(x, weight.T, out=reduced)
         product = torch.mm(low, factor.T, out=x.new_empty(len(x), len(factor)))
     kinds = (DTYPE_CODES[x.dtype], STORAGE_CODES["float"], layer.wide_indices, share_input)
-    given = SharedLinearArgs(x, *layer[:-1], y, *sizes, *kinds, _ext.threads())
+    given = SharedLinearArgs._make((x, *layer[:-1], y, *sizes, *kinds, _ext.threads()))
     _ext.C.shared_linear_gather(given, reduced, product)
     if not share_input:
         return
@@ -160,48 +158,13 @@ def _cpu_prefill(x: Tensor, layer: SharedLayer, y: Tensor, sizes: tuple[int, ...
         torch.addmm(bias, reduced, weight.T, out=y)
 
 
-# The most tokens the kernel of csrc/cuda takes from Triton's, which `make gpu` measures beside it.
-NATIVE_TOKENS = {"float": 0, "int8": 0, "int4": 0}
-
-
-def shared_linear_cuda_native(x: Tensor, *given: Any) -> Tensor:
-    """The few-token CUDA kernel of csrc/cuda; NATIVE_TOKENS says when it is the op's CUDA implementation.
-
-    Raises RuntimeError where it was not built, and ValueError for tensors it cannot take.
-    """
-    check_native_cuda("shared_linear", x)
-    layer = SharedLayer(*given)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = x.new_empty((*x.shape[:-1], layer.outputs))
-    floats = _ext.C.shared_linear_cuda_workspace(len(rows), layer.clusters, layer.rank)
-    workspace = x.new_empty(floats, dtype=torch.float32)
-    tensors = [t if t is None else t.contiguous() for t in layer[:-1]]
-    sizes = (*rows.shape, y.shape[-1], layer.clusters, layer.rank)
-    kinds = (DTYPE_CODES[x.dtype], STORAGE_CODES[codes.storage_of(layer.weight)], layer.wide_indices, layer.share_input)
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _ext.C.shared_linear_cuda(SharedLinearCudaArgs(rows, *tensors, workspace, y, *sizes, *kinds, stream))
-    return y
-
-
-_triton = triton_kernel("shared_linear", "shared_linear_cuda")
-
-
-def _cuda(x: Tensor, *given: Any) -> Tensor:
-    few = math.prod(x.shape[:-1]) <= NATIVE_TOKENS[codes.storage_of(given[0])]
-    launch = (
-        shared_linear_cuda_native if few and x.dtype in DTYPE_CODES and native_cuda_built("shared_linear") else _triton
-    )
-    return launch(x, *given)
-
-
 _op = register(
     "shared_linear(Tensor x, Tensor weight, Tensor factor, Tensor? labels, Tensor? channels, Tensor? bias, "
     "Tensor? weight_scales, Tensor? factor_scales, bool share_input) -> Tensor",
     shared_linear_ref,
     _fake,
     cpu=_cpu,
-    cuda=_cuda,
+    cuda=triton_kernel("shared_linear", "shared_linear_cuda"),
     check=checks.check,
     check_values=checks.check_values,
 )

@@ -68,7 +68,9 @@ def _cpu(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> T
     bias = None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], len(values)), dtype=x.dtype)
     sizes = (*tokens.shape, len(values), tokens.stride(0), values.numel())
-    _ext.C.sparse24_linear(SparseLinearArgs(tokens, values, positions, None, bias, y, *sizes, code, _ext.threads()))
+    _ext.C.sparse24_linear(
+        SparseLinearArgs._make((tokens, values, positions, None, bias, y, *sizes, code, _ext.threads()))
+    )
     return y
 
 
@@ -90,7 +92,7 @@ def sparse24_linear_cuda_native(x: Tensor, values: Tensor, positions: Tensor, bi
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         _ext.C.sparse24_linear_cuda(
-            Sparse24LinearCudaArgs(tokens, values, positions, bias, workspace, y, *sizes, stream)
+            Sparse24LinearCudaArgs._make((tokens, values, positions, bias, workspace, y, *sizes, stream))
         )
     return y
 
@@ -115,7 +117,9 @@ def _cuda(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> 
     if x.dtype in DTYPE_CODES and math.prod(x.shape[:-1]) <= NATIVE_TOKENS and native_cuda_built("sparse24_linear"):
         return sparse24_linear_cuda_native(x, values, positions, bias)
     packed = _for_cusparselt(values, positions)
-    return sparse24_linear_ref(x, values, positions, bias) if packed is None else F.linear(x, packed, bias)
+    if packed is None:
+        return sparse24_linear_ref(x, values, positions, bias)
+    return F.linear(x, packed, bias).contiguous()  # of numbers of tokens that cuSPARSELt pads it is the transpose
 
 
 def _for_cusparselt(values: Tensor, positions: Tensor) -> Any:

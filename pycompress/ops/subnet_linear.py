@@ -76,7 +76,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, co
     sizes = (*tokens.shape, outputs, height, width, tokens.stride(0), weight_stride)
     transposed = along_columns != 1
     _ext.C.subnet_linear(
-        SubnetLinearArgs(tokens, weight, bias, rows, columns, y, *sizes, code, transposed, _ext.threads())
+        SubnetLinearArgs._make((tokens, weight, bias, rows, columns, y, *sizes, code, transposed, _ext.threads()))
     )
     return y
 

@@ -49,7 +49,7 @@ class Packing:
         steps = plan(self.model, self.configs)
         sensitivity = self._sensitivity(steps)
         shared = [step for step in steps.steps if step.config.shared]
-        curves = self._curves(shared, steps.depth, sensitivity) if shared else {}
+        curves = self._curves(Plan(tuple(shared)), sensitivity)
         budgets = self._budgets(steps, curves, by_loss=bool(sensitivity))
         return Outcome(self._compress(steps.with_budgets(budgets), curves, sensitivity))
 
@@ -70,14 +70,16 @@ class Packing:
         self.saved.save_sensitivity(measured)
         return measured
 
-    def _curves(self, shared: list[Step], depth: int, sensitivity: Sensitivity) -> Curves:
+    def _curves(self, shared: Plan, sensitivity: Sensitivity) -> Curves:
         """The rate-distortion curve of each matrix of a shared budget, on the dense model."""
-        stream = self._stream()
         curves: dict[str, Curve] = {}
-        for block in self.progress(range(min(0, shared[0].block), depth), "measuring"):
-            here = [step for step in shared if step.block == block]
+        if not shared.steps:
+            return curves
+        stream, by_block = self._stream(), dict(shared.by_block())
+        for block in self.progress(range(min(0, shared.steps[0].block), shared.depth), "measuring"):
+            here = by_block.get(block, [])
             measured = self.saved.load_curves(block, [step.name for step in here])
-            last = block == depth - 1
+            last = block == shared.depth - 1
             if measured is None:
                 statistics = self._statistics(stream, here, sensitivity, advance=not last)
                 measured = {step.name: self._curve(step, statistics) for step in here}

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from pycompress.architectures.model import blocks, linears, outside, select
+from pycompress.architectures.model import linears, outside, select
 from pycompress.calibration.records import Records
 from pycompress.methods.registry import METHODS
 from pycompress.nn.weights import dense_weight
@@ -36,10 +36,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order of execution, over `depth` blocks; those outside the blocks come first."""
+    """Steps in order of execution; those outside the blocks come first."""
 
     steps: tuple[Step, ...]
-    depth: int
+
+    @property
+    def depth(self) -> int:
+        """Blocks up to the last that has a step: nothing is run behind it."""
+        return 1 + max((step.block for step in self.steps), default=-1)
 
     def by_block(self) -> Iterator[tuple[int, list[Step]]]:
         """Blocks that have steps, each with its steps."""
@@ -79,7 +83,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
             claimed[linear.name] = Step(linear.name, linear.block, linear.role, shape, nbytes, config)
     order = {linear.name: index for index, linear in enumerate(outside(model) + linears(model))}
     steps = sorted(claimed.values(), key=lambda step: order[step.name])
-    return Plan(tuple(steps), len(blocks(model)))
+    return Plan(tuple(steps))
 
 
 def check_weights(model: nn.Module, steps: Plan) -> None:

@@ -47,10 +47,8 @@ def test_gram_is_the_mean_outer_product_of_the_inputs(architecture, tiny_model):
         torch.testing.assert_close(found[name].gram.double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_sensitivity_is_the_mean_squared_gradient_of_the_loss(architecture, tiny_model):
-    model = tiny_model(architecture)
-    names = [linear.name for linear in architectures.linears(model)]
-    found = loss_sensitivity(model, architectures.blocks(model), prepare(model, IDS, None), names)
+def output_gradients(model, names):
+    """Of the summed loss of IDS, by each module's outputs, by torch's own backward pass."""
     outputs = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(
@@ -58,8 +56,16 @@ def test_sensitivity_is_the_mean_squared_gradient_of_the_loss(architecture, tiny
         )
     logits = model(IDS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    return {name: y.grad for name, y in outputs.items()}
+
+
+def test_sensitivity_is_the_mean_squared_gradient_of_the_loss(architecture, tiny_model):
+    model = tiny_model(architecture)
+    names = [linear.name for linear in architectures.linears(model)]
+    found = loss_sensitivity(model, architectures.blocks(model), prepare(model, IDS, None), names)
+    gradients = output_gradients(model, names)
     for name in names:
-        expected = outputs[name].grad.double().square().flatten(0, -2).mean(0)
+        expected = gradients[name].double().square().flatten(0, -2).mean(0)
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-9)
 
 
@@ -73,15 +79,9 @@ def test_covariance_of_gradients_is_clipped(architecture, tiny_model):
     model = tiny_model(architecture)
     names = [linear.name for linear in architectures.linears(model)]
     found = loss_covariance(model, architectures.blocks(model), prepare(model, IDS, None), names)
-    outputs = {}
+    gradients = output_gradients(model, names)
     for name in names:
-        model.get_submodule(name).register_forward_hook(
-            lambda m, a, y, name=name: (y.retain_grad(), outputs.__setitem__(name, y))[0]
-        )
-    logits = model(IDS).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
-    for name in names:
-        gradient = outputs[name].grad.double().reshape(*IDS.shape, -1)[:, 1:].flatten(0, -2)
+        gradient = gradients[name].double().reshape(*IDS.shape, -1)[:, 1:].flatten(0, -2)
         squares = gradient.square().sum(1)
         limit = 10 * squares.sort().values[(len(squares) - 1) // 2]
         scaled = torch.stack(

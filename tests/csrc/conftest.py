@@ -13,7 +13,7 @@ HEADERS = [ROOT / "csrc" / "cpu" / "kernels.h", *sorted((ROOT / "csrc" / "cuda")
 STRUCT = re.compile(r"struct (\w+Args) \{(.*?)\n\};", re.DOTALL)
 DECLARATION = re.compile(r"(?:const )?(\w+) (.+)")
 KINDS = {"int": ctypes.c_int, "bool": ctypes.c_bool, "int64_t": ctypes.c_int64, "Dtype": ctypes.c_int}
-KINDS["Storage"] = ctypes.c_int
+KINDS |= {"Storage": ctypes.c_int, "float": ctypes.c_float}
 
 Fields = list[tuple[str, type]]
 

@@ -19,8 +19,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pycompress.formats import codes as storage
-
 pytestmark = pytest.mark.slow
 
 triton = pytest.importorskip("triton", reason="the CUDA headers come with Triton")
@@ -36,7 +34,7 @@ PAGE = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-SHARED, SPARSE = "SharedLinearCudaArgs", "Sparse24LinearCudaArgs"
+SPARSE = "Sparse24LinearCudaArgs"
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +57,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
-    for name in (SHARED, SPARSE):
-        getattr(loaded, name).restype = ctypes.c_char_p
-        getattr(loaded, f"{name}_workspace").restype = ctypes.c_int64
+    getattr(loaded, SPARSE).restype = ctypes.c_char_p
+    getattr(loaded, f"{SPARSE}_workspace").restype = ctypes.c_int64
     loaded.on_host_pages.restype = ctypes.c_void_p
     return loaded
 
@@ -97,7 +94,9 @@ PLACES: list[Place] = [
 
 @pytest.fixture
 def call(kernels: ctypes.CDLL, structs: dict[str, list[tuple[str, type]]]) -> Call:
-    """Runs a launcher, named by the struct of its arguments, on tensors at the end of their pages, at the start, and some of them an element after it: one y.
+    """Runs a launcher, named by the struct of its arguments, on tensors in several places: one y.
+
+    They lie at the end of their pages, at the start, and some of them an element after it.
 
     Threads take turns in their order and backwards.
     """
@@ -120,8 +119,7 @@ def call(kernels: ctypes.CDLL, structs: dict[str, list[tuple[str, type]]]) -> Ca
     def run(op: str, tensors: dict[str, Tensor | None], processors: int = 1, **sizes: Any) -> Tensor:
         x = tensors["x"]
         assert x is not None
-        counts = [sizes[name] for name in ("tokens", "k", "r") if name in sizes] + [sizes["outputs"]]
-        floats = getattr(kernels, f"{op}_workspace")(*counts[:3])
+        floats = getattr(kernels, f"{op}_workspace")(sizes["tokens"], sizes["outputs"])
         written = {
             "workspace": torch.full((floats,), torch.nan),
             "y": torch.full((sizes["tokens"], sizes["outputs"]), torch.nan, dtype=x.dtype),
@@ -144,94 +142,7 @@ def _normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _drawn(shape: tuple[int, int], stored: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A random matrix as it is stored, its scales, and what it stands for in float64."""
-    if stored == "float":
-        matrix = _normal(*shape, seed=seed, dtype=dtype)
-        return matrix, None, matrix.double()
-    low, high = storage.RANGE[stored]
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
-    scales = ((0.5 + torch.rand(storage.scales_shape(*shape, stored), generator=generator)) / high).to(dtype)
-    of_column = [column // storage.GROUP if stored == "int4" else 0 for column in range(shape[1])]
-    return storage.pack(codes, stored), scales, codes.double() * scales.double()[:, of_column]
-
-
 Layer = tuple[dict[str, Tensor | None], np.ndarray]
-
-
-def _shared_layer(
-    share: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, pivoted: bool, wide: bool, stored: str
-) -> Layer:
-    """What a shared-channel layer stores, and the matrix that it stands for."""
-    outputs, inputs, k, r = sizes
-    channels, across = (outputs, inputs) if share == "output" else (inputs, outputs)
-    index = torch.int32 if wide else torch.int16
-    shapes = [(k + r, across), (channels - r * pivoted, r)]
-    weight, factor = (
-        _drawn(shape if share == "output" else shape[::-1], stored, dtype, seed) for seed, shape in enumerate(shapes)
-    )
-    order = torch.randperm(channels, generator=torch.Generator().manual_seed(2)) if pivoted else torch.arange(channels)
-    labels = torch.randint(0, max(k, 1), (channels,), generator=torch.Generator().manual_seed(3))
-    rows, coefficients = (m[2].numpy() if share == "output" else m[2].numpy().T for m in (weight, factor))
-    identity = np.eye(r)[: r * pivoted]
-    whole = np.empty((channels, r))
-    whole[order.numpy()] = np.concatenate([identity, coefficients])
-    dense = whole @ rows[k:] + (rows[:k][labels.numpy()] if k else 0)
-    tensors = {
-        "weight": weight[0],
-        "factor": factor[0],
-        "weight_scales": weight[1],
-        "factor_scales": factor[1],
-        "labels": labels.to(index) if k else None,
-        "channels": order.to(index) if pivoted else None,
-    }
-    return tensors, dense if share == "output" else dense.T
-
-
-# N, K, k, r: rows and columns of whole tiles and of none, no clusters, no rank, a rank that is folded first, columns
-# for several splits.
-SIZES = [(64, 128, 16, 8), (63, 201, 9, 5), (50, 64, 0, 16), (33, 130, 40, 0), (70, 90, 3, 261), (45, 1100, 9, 5)]
-# Those of int4 have rows of whole blocks, some of half a group.
-PACKED = [
-    ("int8", (63, 201, 9, 5)),
-    ("int8", (45, 1100, 9, 5)),
-    ("int4", (45, 96, 32, 32)),
-    ("int4", (40, 2080, 0, 32)),
-]
-FORMS = [
-    (share, stored, sizes, pivoted)
-    for share in ("output", "input")
-    for stored, sizes in [*(("float", sizes) for sizes in SIZES), *PACKED]
-    for pivoted in (False, True)
-    if not pivoted or sizes[3] <= sizes[share == "input"]  # as many pivots as the rank, of N or K channels
-]
-
-
-@pytest.mark.slow
-@dtypes
-@pytest.mark.parametrize(("share", "stored", "sizes", "pivoted"), FORMS)
-def test_shared_linear_agrees_with_float64(
-    share: str, stored: str, sizes: tuple[int, int, int, int], pivoted: bool, dtype: torch.dtype, call: Call
-) -> None:
-    outputs, inputs, k, r = sizes
-    layer, dense = _shared_layer(share, sizes, dtype, pivoted, outputs % 2 == 0, stored)
-    tokens, processors = (1, 100) if stored != "float" else (3, 100) if inputs > 1000 else (18, 1)
-    x, bias = _normal(tokens, inputs, seed=4, dtype=dtype) / 8, _normal(outputs, seed=5, dtype=dtype)
-    y = call(
-        SHARED,
-        layer | {"x": x, "bias": bias if outputs % 2 else None},
-        processors,
-        tokens=tokens,
-        inputs=inputs,
-        outputs=outputs,
-        k=k,
-        r=r,
-        storage=["float", "int8", "int4"].index(stored),
-        wide_indices=outputs % 2 == 0,
-        share_input=share == "input",
-    )
-    _check(y, x.double().numpy() @ dense.T + (bias.double().numpy() if outputs % 2 else 0))
 
 
 def _sparse_layer(outputs: int, inputs: int, dtype: torch.dtype) -> Layer:

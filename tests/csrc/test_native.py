@@ -13,7 +13,7 @@ import torch
 
 from pycompress import _ext, ops
 from pycompress.ops import _arguments
-from pycompress.ops.shared_linear import shared_linear_cuda_native
+from pycompress.ops.sparse24_linear import sparse24_linear_cuda_native
 
 ROOT = Path(__file__).parents[2]
 native = pytest.mark.skipif(_ext.C is None, reason=f"no native module: {_ext.why}")
@@ -113,32 +113,7 @@ def test_every_op_says_which_kernels_it_has() -> None:
 def test_the_native_cuda_kernel_is_refused_off_the_gpu() -> None:
     x = torch.zeros(1, 4)
     with pytest.raises((RuntimeError, ValueError), match="CUDA"):
-        shared_linear_cuda_native(x, x, torch.zeros(3, 1), None, None, None, None, None, False)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("pivoted", "index"), [(False, torch.int16), (True, torch.int16), (True, torch.int32)])
-@pytest.mark.parametrize("share", ["output", "input"])
-def test_the_native_cuda_kernel_agrees_with_float64(
-    share: str, pivoted: bool, index: torch.dtype, dtype: torch.dtype
-) -> None:
-    outputs, inputs, k, r = 63, 1000, 17, 13
-    rows = share == "output"
-    count = outputs if rows else inputs
-    stored = count - r if pivoted else count
-    shapes = ((k + r, inputs), (stored, r)) if rows else ((outputs, k + r), (r, stored))
-    weight, factor = ((torch.randn(shape, device="cuda") * 0.05).to(dtype) for shape in shapes)
-    labels = torch.randint(0, k, (count,), device="cuda").to(index)
-    channels = torch.randperm(count, device="cuda").to(index) if pivoted else None
-    layer = (weight, factor, labels, channels, torch.randn(outputs, device="cuda").to(dtype))
-    for tokens in (1, 5, 16):
-        x = torch.randn(tokens, inputs, device="cuda").to(dtype)
-        wide = (t if t is None else t.cpu().double() if t.is_floating_point() else t.cpu() for t in (x, *layer))
-        exact = ops.shared_linear(*wide, share=share)
-        y = shared_linear_cuda_native(x, *layer, None, None, not rows)
-        assert (y.cpu() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max() + 1e-5
+        sparse24_linear_cuda_native(x, x, torch.zeros(3, 1), None)
 
 
 def _build(root: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

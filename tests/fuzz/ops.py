@@ -368,6 +368,54 @@ def lowrank(draw: Draw) -> tuple[list[Any], Exact]:
     return [*args, iterations], lambda: wrong
 
 
+def _panel(draw: Draw) -> tuple[Tensor, Tensor]:
+    columns, rows = draw.random.choice([1, 4, 7, 64, 100, 128, 256]), draw.size()
+    dtype = draw.random.choice([torch.float32, torch.float64])
+    factor = draw.floats(columns, columns, dtype=dtype).triu(1) / (4 * columns**0.5)
+    return draw.floats(columns, rows, dtype=dtype), factor + torch.diag(1.5 + draw.floats(columns, dtype=dtype).abs())
+
+
+def round_panel(draw: Draw) -> tuple[list[Any], Exact]:
+    values, factor = _panel(draw)
+    low, high = draw.random.choice([(-8, 7), (-127, 127), (-4, 3), (-2, 1)])
+    group = draw.random.choice([1, 3, 32, 64, 1000])
+    given = 0.1 + draw.floats(*values.shape, dtype=values.dtype).abs() if draw.random.random() < 0.5 else None
+    scales_dtype = draw.random.choice(FLOATS)
+
+    def wrong(codes: Tensor, lost: Tensor, chosen: Tensor) -> str | None:
+        scales = (chosen.repeat_interleave(group, 0)[: len(values)] if given is None else given).double()
+        rest, upper = values.double().clone(), factor.double()
+        for j in range(len(values)):
+            nearest = (rest[j] / scales[j]).clamp(low, high).round()
+            error = (rest[j] - codes[j] * scales[j]) / upper[j, j]
+            off = float((lost[j] - error).abs().max()) if error.numel() else 0.0
+            if off > 1e-2 or (error.numel() and float((nearest - codes[j]).abs().max()) > 1):
+                return f"column {j} loses {off} else than it should, or has other codes than the nearest"
+            rest[j + 1 :] -= upper[j, j + 1 :, None] * error
+        return None
+
+    return [values, factor, given, low, high, group, [1.0, 0.8], scales_dtype], lambda: wrong
+
+
+def prune_panel(draw: Draw) -> tuple[list[Any], Exact]:
+    values, factor = _panel(draw)
+    size = draw.random.choice([size for size in (1, 2, 4) if len(values) % size == 0])
+    keep = draw.random.randint(0, size)
+    given = draw.floats(*values.shape) < 0 if draw.random.random() < 0.5 else None
+
+    def wrong(kept: Tensor, lost: Tensor) -> str | None:
+        rest, upper = values.double().clone(), factor.double()
+        gone = (kept == 0) if given is None else given
+        for j in range(len(values)):
+            error = rest[j] * gone[j] / upper[j, j]
+            rest[j] = rest[j].masked_fill(gone[j], 0)
+            rest[j + 1 :] -= upper[j, j + 1 :, None] * error
+        off = float((kept - rest).abs().max()) if rest.numel() else 0.0
+        return None if off < 1e-2 else f"is off by {off}"
+
+    return [values, factor, given, keep, size], lambda: wrong
+
+
 REGISTERED = (
     shared_linear,
     subnet_linear,
@@ -378,6 +426,8 @@ REGISTERED = (
     lloyd,
     lloyd_points,
     lowrank,
+    round_panel,
+    prune_panel,
 )
 
 
@@ -387,6 +437,16 @@ def _front_shared_linear(*args: Any) -> Any:
 
 def _front_lowrank(gram: Any, omega: Any, rank: Any, labels: Any, clusters: Any, iterations: Any) -> Any:
     return ops.lowrank(gram, rank, labels, clusters, iterations=iterations, oversample=2)
+
+
+def _front_round_panel(values: Any, factor: Any, scales: Any, *given: Any) -> Any:
+    return ops.round_panel(
+        values, factor, scales, **dict(zip(("low", "high", "group", "reductions", "dtype"), given, strict=True))
+    )
+
+
+def _front_prune_panel(values: Any, factor: Any, gone: Any, keep: Any, size: Any) -> Any:
+    return ops.prune_panel(values, factor, gone, keep=keep, size=size)
 
 
 def _truncated_svd(draw: Draw) -> tuple[list[Any], Exact]:
@@ -419,6 +479,8 @@ CALLS: dict[str, tuple[Callable[[Draw], tuple[list[Any], Exact]], Callable[..., 
     **{f"ops.{each.__name__}": (each, getattr(ops, each.__name__)) for each in REGISTERED},
     "ops.shared_linear": (shared_linear, _front_shared_linear),
     "ops.lowrank": (lowrank, _front_lowrank),
+    "ops.round_panel": (round_panel, _front_round_panel),
+    "ops.prune_panel": (prune_panel, _front_prune_panel),
     "ops.truncated_svd": (_truncated_svd, ops.truncated_svd),
     "ops.kmeans": (_kmeans, _front_kmeans),
 }
@@ -477,7 +539,8 @@ def _held(given: Any, exact: Any, like: Any, codes: bool, valid: bool) -> str | 
     for result in results:
         if result.is_floating_point() and not bool(result.isfinite().all()):
             return "gave what is not finite"
-        if not result.is_floating_point() and result.numel() and int(result.min()) < 0:
+        index = not result.is_floating_point() and result.dtype != torch.int8  # codes are
+        if index and result.numel() and int(result.min()) < 0:
             return f"gave an index of {int(result.min())}"
     if not isinstance(exact, Tensor):
         return exact(*results)

@@ -34,14 +34,6 @@ void meet_warp(void *brought, void (*work)(void *const *));
 
 inline void __syncthreads() { on_host::meet_block(); }
 
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
-                               const Arguments &...arguments) {
-  on_host::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
-                  [&] { kernel(arguments...); });
-  return cudaGetLastError();
-}
-
 using std::min;
 
 inline float __uint_as_float(uint32_t bits) {

@@ -1,14 +1,9 @@
 // The kernels' launchers by names that ctypes can look up.
-#include "shared_linear.h"
 #include "sparse24.h"
 
 using namespace pycompress;
 
 extern "C" {
-
-const char *SharedLinearCudaArgs(const cuda::SharedLinearCudaArgs *args) { return cuda::shared_linear(*args); }
-
-int64_t SharedLinearCudaArgs_workspace(int tokens, int k, int r) { return cuda::shared_linear_workspace(tokens, k, r); }
 
 const char *Sparse24LinearCudaArgs(const cuda::Sparse24LinearCudaArgs *args) { return cuda::sparse24_linear(*args); }
 

@@ -71,10 +71,4 @@ inline void mma_tf32(FragC &c, FragA a0, FragA a1, FragB b) { mma_by_warp<float>
 // To the nearest, of two as near the one away from zero.
 inline uint32_t to_tf32(float value) { return (__float_as_uint(value) + 0x1000u) & ~0x1fffu; }
 
-// Nothing may be asked for that is not there.
-inline void prefetch(const void *address) { static_cast<void>(*static_cast<const volatile char *>(address)); }
-
-// One kernel runs after another.
-inline void griddepcontrol_wait() {}
-
 }  // namespace pycompress::cuda
