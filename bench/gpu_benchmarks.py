@@ -26,18 +26,18 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from pycompress import _ext
 from pycompress.formats import codes as storage
 from pycompress.formats.zeros import pack24
 from pycompress.measure.speed import compare_speed
+from pycompress.methods._gptq import InverseHessian, quantize, quantize_sorted
 from pycompress.nn.linear import SharedLinear
 from pycompress.ops import gram, lowrank, sparse24_linear, truncated_svd
 from pycompress.ops.lloyd import kmeans, kmeans_plus_plus, lloyd, lloyd_points
-from pycompress.ops.shared_linear import shared_linear_cuda_native
 
 N, K, RANK = 4096, 11008, 64
 KEEPS = (0.5, 0.2, 0.1)
-TOKENS = (1, 16, 256, 2048)
+TOKENS = (1, 4, 16, 64, 256, 2048)
+FEWER = (1, 16, 256)
 Call = Callable[[], Any]
 Figure = dict[str, Any]
 
@@ -59,7 +59,11 @@ def in_graphs(contestants: Mapping[str, list[Call]], rounds: int = 9) -> dict[st
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            calls[0]()
+            for call in (
+                *calls,
+                *calls,
+            ):  # what is derived from a layer once, and early launches, come with later calls
+                call()
         torch.cuda.current_stream().wait_stream(side)
         graphs[who] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[who]):
@@ -154,7 +158,7 @@ def plain(x: Tensor, weight: Tensor, factor: Tensor, labels: Tensor, share: str)
 
 
 def given(x: Tensor, stored: list[Tensor], share: str) -> tuple[Any, ...]:
-    """Arguments of either kernel."""
+    """Arguments of the kernel."""
     return x, *stored[:4], None, *(stored[4:] or (None, None)), share == "input"
 
 
@@ -169,8 +173,6 @@ def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...
             for tokens in tokens_of:
                 x = random(tokens, K, dtype=torch.bfloat16)
                 runs = {"pycompress": [lambda s=s: shared_linear_cuda(*given(x, s, share)) for s in layers]}  # noqa: B023
-                if tokens <= 64 and isinstance(_ext.build_info()["cuda"], list):
-                    runs["native CUDA"] = [lambda s=s: shared_linear_cuda_native(*given(x, s, share)) for s in layers]  # noqa: B023
                 if kind == "float":
                     wholes = [(s[0], whole(s[1], s[3], share), s[2]) for s in layers]
                     runs["torch operations"] = [lambda s=s: plain(x, *s, share) for s in wholes]  # noqa: B023
@@ -185,9 +187,6 @@ def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...
                     more = {"error": errors[who]} if who in errors else {}
                     ratio = round(cublas / each, 3)
                     yield figure("shared_linear", group, who, each, **facts, **more, over_cublas=ratio)
-                if "native CUDA" in us:
-                    faster = min(("pycompress", "native CUDA"), key=us.__getitem__)
-                    print(f"faster at {group}, keep {keep}, {share} shared: {faster}", flush=True)
 
 
 def shared_linear_figures() -> Iterator[Figure]:
@@ -196,7 +195,43 @@ def shared_linear_figures() -> Iterator[Figure]:
 
 def codes_figures() -> Iterator[Figure]:
     for kind in ("int8", "int4"):
-        yield from layer_figures(kind, KEEPS[::2], TOKENS)
+        yield from layer_figures(kind, KEEPS[::2], FEWER)
+
+
+def whole_layer(kind: str, share: str) -> list[Tensor]:
+    """A whole matrix in codes: weight, an empty factor, no labels, channels, and the scales of both."""
+    weight = numbers((N, K), kind, K**-0.5)
+    shape = (0, N) if share == "output" else (K, 0)
+    factor = torch.empty(storage.stored_shape(*shape, kind), dtype=weight[0].dtype, device="cuda")
+    scales = torch.empty(storage.scales_shape(*shape, kind), dtype=torch.bfloat16, device="cuda")
+    channels = torch.randperm(N if share == "output" else K, device="cuda").short()
+    return [weight[0], factor, channels, weight[1], scales]
+
+
+def whole_figures() -> Iterator[Figure]:
+    dense = [random(N, K, dtype=torch.bfloat16) for _ in range(sets_needed(2 * N * K))]
+    for kind in ("int8", "int4"):
+        for share in ("output", "input"):
+            first = whole_layer(kind, share)
+            nbytes = sum(t.nbytes for t in first)
+            layers = [first, *(whole_layer(kind, share) for _ in range(sets_needed(nbytes) - 1))]
+            weight = storage.dequantize(first[0], first[3]).double()
+            exact = weight[first[2].long().argsort()] if share == "output" else weight[:, first[2].long().argsort()]
+            for tokens in TOKENS:
+                x = random(tokens, K, dtype=torch.bfloat16)
+
+                def call(s: list[Tensor], x: Tensor = x, share: str = share) -> Tensor:
+                    return shared_linear_cuda(x, s[0], s[1], None, s[2], None, s[3], s[4], share == "input")
+
+                runs = {"pycompress": [lambda s=s: call(s) for s in layers]}
+                error = relative_error(call(first), linear(x.double(), exact))
+                runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in dense]  # noqa: B023
+                us = in_graphs(runs)
+                for who, each in us.items():
+                    more = {"error": error, "bytes": nbytes} if who == "pycompress" else {}
+                    ratio = round(us["cuBLAS dense bf16"] / each, 3)
+                    facts = {"keep": 1, "share": share, **more, "over_cublas": ratio}
+                    yield figure("shared_linear", f"{tokens} tokens, {kind}", who, each, **facts)
 
 
 # 2:4 -------------------------------------------------------------------------------------------------------------
@@ -245,9 +280,22 @@ def random_layer(dense: torch.nn.Linear, keep: float) -> SharedLinear:
     return made
 
 
-def llama(keep: float | None) -> PreTrainedModel:
-    """A Llama-2-7B of random weights, its blocks' linears compressed to `keep`."""
-    config = LlamaConfig(max_position_embeddings=4096)
+def coded_layer(dense: torch.nn.Linear, kind: str) -> SharedLinear:
+    """A whole matrix of random codes."""
+    shape, rank = (dense.out_features, dense.in_features), dense.in_features
+    made = SharedLinear(
+        shape, "input", 0, rank, True, kind, False, dtype=dense.weight.dtype, device=dense.weight.device
+    )
+    stored = numbers(shape, kind, shape[1] ** -0.5)
+    made.weight.copy_(stored[0])
+    made.weight_scales.copy_(stored[1])
+    made.channels.copy_(torch.randperm(rank))
+    return made
+
+
+def llama(keep: float | str | None, blocks: int = 32) -> PreTrainedModel:
+    """A Llama-2-7B of random weights, its blocks' linears compressed to `keep`, or whole in codes of this kind."""
+    config = LlamaConfig(max_position_embeddings=4096, num_hidden_layers=blocks)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if keep is not None:
@@ -255,14 +303,31 @@ def llama(keep: float | None) -> PreTrainedModel:
             for part in (block.self_attn, block.mlp):
                 for name, child in list(part.named_children()):
                     if isinstance(child, torch.nn.Linear):
-                        setattr(part, name, random_layer(child, keep))
+                        made = coded_layer(child, keep) if isinstance(keep, str) else random_layer(child, keep)
+                        setattr(part, name, made)
     return model
 
 
 def model_figures() -> Iterator[Figure]:
     models = {"dense": llama(None), **{f"keep {keep}": llama(keep) for keep in KEEPS}}
+    models |= {kind: llama(kind) for kind in ("int8", "int4")}
     for batch, prompt in ((1, 2048), (16, 128)):
-        speeds = compare_speed(models, batch, prompt, new_tokens=32, repeats=3)
+        yield from speed_figures("Llama-2-7B shape", models, batch, prompt)
+
+
+def compiled_figures() -> Iterator[Figure]:
+    """Eight blocks, so that compiling ends in time; the head and the embedding are those of all 32."""
+    for keep in (0.1, "int4", 0.5):
+        name = keep if isinstance(keep, str) else f"keep {keep}"
+        models = {"dense": llama(None, 8), name: llama(keep, 8)}
+        yield from speed_figures("8 blocks of a Llama-2-7B, compiled", models, 1, 128, compile=True)
+
+
+def speed_figures(
+    op: str, models: dict[str, PreTrainedModel], batch: int, prompt: int, compile: bool = False
+) -> Iterator[Figure]:
+    with torch.no_grad():
+        speeds = compare_speed(models, batch, prompt, new_tokens=32, repeats=3, compile=compile)
         for who, speed in speeds.items():
             facts = {
                 "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
@@ -272,7 +337,23 @@ def model_figures() -> Iterator[Figure]:
                 "cuda_graph": speed.cuda_graph,
             }
             step = 1e6 * batch / speed.decode_tokens_per_s
-            yield figure("Llama-2-7B shape", f"batch {batch}, prompt {prompt}, one decode step", who, step, **facts)
+            yield figure(op, f"batch {batch}, prompt {prompt}, one decode step", who, step, **facts)
+
+
+def rounding_figures() -> Iterator[Figure]:
+    """Rounding by GPTQ, and pruning by SparseGPT, of matrices whose inverse Hessian's factor is there."""
+    for shape in ((4096, 4096), (4096, 11008)):
+        w = 0.02 * random(*shape)
+        factor = torch.eye(shape[1], device="cuda") + 0.01 * random(shape[1], shape[1]).triu()
+        inverse = InverseHessian(torch.randperm(shape[1], device="cuda"), factor)
+        runs: dict[str, Call] = {
+            "int4, in the order of storage": lambda: quantize_sorted(w, "int4", inverse, torch.bfloat16),  # noqa: B023
+            "int4": lambda: quantize(w, "int4", inverse, torch.bfloat16),  # noqa: B023
+            "int8": lambda: quantize(w, "int8", inverse, torch.bfloat16),  # noqa: B023
+            "float32 product of the same size": lambda: w @ factor,  # noqa: B023
+        }
+        for who, call in runs.items():
+            yield figure("rounding", f"{shape[0]}x{shape[1]}", who, median_us(call, 3))
 
 
 def compression_figures() -> Iterator[Figure]:
@@ -409,16 +490,19 @@ def lowrank_figures() -> Iterator[Figure]:
 
 
 # Seconds for all parts, and for each: the most important first.
-BUDGET = 230
+BUDGET = float(os.environ.get("GPU_BUDGET", "150"))
 PARTS: dict[str, tuple[Callable[[], Iterator[Figure]], float]] = {
-    "shared_linear": (shared_linear_figures, 70),
+    "shared_linear": (shared_linear_figures, 50),
+    "whole": (whole_figures, 20),
+    "codes": (codes_figures, 30),
     "model": (model_figures, 60),
-    "sparse24": (sparse24_figures, 20),
-    "codes": (codes_figures, 50),
-    "lloyd": (lloyd_figures, 40),
-    "lowrank": (lowrank_figures, 20),
-    "compression": (compression_figures, 40),
-    "gram": (gram_figures, 15),
+    "sparse24": (sparse24_figures, 15),
+    "rounding": (rounding_figures, 15),
+    "compiled": (compiled_figures, 90),
+    "lowrank": (lowrank_figures, 15),
+    "compression": (compression_figures, 20),
+    "gram": (gram_figures, 10),
+    "lloyd": (lloyd_figures, 30),
 }
 
 

@@ -27,8 +27,10 @@ def _gram_kernel(
     d,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """A tile. Tensor cores add less precisely than float32 does: what CHAIN products give is added outside of them."""
     row, col = _tile_of(tl.program_id(0))
     batch = tl.program_id(1).to(tl.int64)
     offs_i = row * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -37,11 +39,15 @@ def _gram_kernel(
     y_tile = y_ptr + (batch * n + offs_i[:, None]) * d + offs_k[None, :]
     x_tile = x_ptr + (batch * n + offs_j[:, None]) * d + offs_k[None, :]
     acc = tl.full((BLOCK_N, BLOCK_N), 0, out_ptr.dtype.element_ty)
-    for first in range(0, d, BLOCK_K):
-        mask_k = (offs_k < d - first)[None, :]
-        y = tl.load(y_tile + first, mask=mask_k & (offs_i < n)[:, None], other=0.0)
-        x = tl.load(x_tile + first, mask=mask_k & (offs_j < n)[:, None], other=0.0)
-        acc = tl.dot(y, tl.trans(x), acc, input_precision=PRECISION, out_dtype=out_ptr.dtype.element_ty)
+    for first in range(0, d, CHAIN * BLOCK_K):
+        part = tl.full((BLOCK_N, BLOCK_N), 0, out_ptr.dtype.element_ty)
+        for step in tl.static_range(CHAIN):
+            start = first + step * BLOCK_K
+            mask_k = (offs_k < d - start)[None, :]
+            y = tl.load(y_tile + start, mask=mask_k & (offs_i < n)[:, None], other=0.0)
+            x = tl.load(x_tile + start, mask=mask_k & (offs_j < n)[:, None], other=0.0)
+            part = tl.dot(y, tl.trans(x), part, input_precision=PRECISION, out_dtype=out_ptr.dtype.element_ty)
+        acc += part
     if row == col:
         acc = tl.where(offs_i[:, None] >= offs_j[None, :], acc, tl.trans(acc))
     mask = (offs_i < n)[:, None] & (offs_j < n)[None, :]
@@ -74,6 +80,7 @@ def gram_cuda(x: Tensor, h: Tensor | None = None) -> Tensor:
             d,
             BLOCK_N=block,
             BLOCK_K=block_k,
+            CHAIN=2 if left.element_size() == 2 else 1,
             PRECISION="tf32x3" if left.dtype == torch.float32 else "ieee",
             num_warps=warps,
         )
@@ -87,4 +94,4 @@ def _tile(n: int, d: int, dtype: torch.dtype) -> tuple[int, int, int]:
     if dtype == torch.float32:
         return 64, 32, 8
     # Rows that do not start on 16 bytes are loaded one number at a time, which leaves fewer registers.
-    return (128, 64, 8) if n > 256 and d % 8 == 0 else (64, 64, 8)
+    return (128, 64, 8) if n > 256 and d % 8 == 0 else (64, 64 if d % 8 == 0 else 32, 8)

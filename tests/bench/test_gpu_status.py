@@ -71,6 +71,17 @@ def test_a_run_with_a_failed_step_measures_nothing(gpu, tmp_path):
     assert set(verdicts(gpu, tmp_path).values()) == {"failed"}
 
 
+def test_benchmarks_that_ran_out_of_time_measured_a_part(gpu, tmp_path):
+    record(gpu, tmp_path)
+    run = json.loads((tmp_path / "a-gpu.json").read_text())
+    run["steps"]["benchmarks"] = {"result": "failed", "why": ["stopped after 47 s"]}
+    (tmp_path / "a-gpu.json").write_text(json.dumps(run))
+    assert verdicts(gpu, tmp_path) == dict.fromkeys(gpu.fingerprints(), "partial")
+    run["steps"]["tests"]["result"] = "failed"
+    (tmp_path / "a-gpu.json").write_text(json.dumps(run))
+    assert set(verdicts(gpu, tmp_path).values()) == {"failed"}
+
+
 def test_a_run_leaves_its_result_its_log_and_what_failed(gpu, tmp_path, monkeypatch, capsys):
     steps = {"tests": ["sh", "-c", "echo FAILED one; exit 1"], "benchmarks": ["true"]}
     monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "Some GPU 9", "versions": {}})

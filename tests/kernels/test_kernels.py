@@ -442,3 +442,67 @@ def test_subnet_linear_takes_any_leading_shape_and_empty_choices():
     assert subnet_linear_cuda(x[:0], weight, None, rows, None).shape == (0, 3, 32)
     assert subnet_linear_cuda(x, weight, None, none, None).shape == (2, 3, 0)
     assert torch.equal(subnet_linear_cuda(x[..., :0], weight, draw(63), None, none), draw(63).expand(2, 3, 63))
+
+
+# Panels ----------------------------------------------------------------------------------------------------------
+
+
+def panel_of(columns, rows):
+    """A panel and an upper factor; what is below the diagonal must not be read."""
+    factor = draw(columns, columns, seed=1).triu() / (4 * columns**0.5) + torch.diag(1.5 + draw(columns).abs())
+    return draw(columns, rows, seed=2), factor + torch.full((columns, columns), 1e30, device=DEVICE).tril(-1)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(128, 40), (1, 3), (50, 17)])
+@pytest.mark.parametrize(("low", "high"), [(-8, 7), (-127, 127)])
+def test_a_panel_is_rounded_as_the_recursion_in_float64_says(columns, rows, low, high):
+    from pycompress.kernels.panel import round_panel_cuda
+
+    values, factor = panel_of(columns, rows)
+    reductions, limits = [1.0, 0.9, 0.8], (1e38, 1e-45)
+    for scales, dtype in ((None, torch.float16), (None, torch.float32), (0.1 + draw(columns, rows).abs(), None)):
+        given = (values, factor, scales, low, high, 32, reductions, dtype or torch.float32, *limits)
+        codes, lost, chosen = round_panel_cuda(*given)
+        if scales is None:
+            assert torch.equal(chosen, chosen.to(dtype).float())
+            first = values[:32].double()
+            tried = [share * first.abs().amax(0) / high for share in reductions]
+            if low != -high:
+                largest = first.gather(0, first.abs().argmax(0, keepdim=True))[0]
+                tried += [share * largest / low for share in reductions]
+            errors = torch.stack([plain_error(first, scale.to(dtype).double(), low, high) for scale in tried])
+            assert bool((plain_error(first, chosen[0].double(), low, high) <= errors.amin(0) * (1 + 1e-3)).all())
+        steps = (chosen.repeat_interleave(32, 0)[:columns] if scales is None else scales).double()
+        rest, upper, wrong = values.double().clone(), factor.double().triu(), 0
+        for j in range(columns):
+            nearest = (rest[j] / steps[j]).clamp(low, high).round()
+            wrong += int((nearest != codes[j]).sum())
+            error = (rest[j] - codes[j] * steps[j]) / upper[j, j]
+            assert bool(((lost[j] - error).abs() < 1e-3).all())
+            rest[j + 1 :] -= upper[j, j + 1 :, None] * error
+        assert wrong <= 2e-3 * codes.numel() + 1
+
+
+def plain_error(values, scales, low, high):
+    return (values - (values / scales).clamp(low, high).round() * scales).square().sum(0)
+
+
+@pytest.mark.parametrize("keep", [None, 2, 3])
+def test_a_panel_is_pruned_as_the_recursion_in_float64_says(keep):
+    from pycompress.kernels.panel import prune_panel_cuda
+
+    values, factor = panel_of(48, 37)
+    given = draw(48, 37, seed=3) < 0.2 if keep is None else None
+    kept, lost = prune_panel_cuda(values, factor, given, keep or 0, 4)
+    rest, upper = values.double().clone(), factor.double().triu()
+    for j in range(48):
+        if keep is not None and j % 4 == 0:
+            costs = rest[j : j + 4].square() / upper.diagonal()[j : j + 4, None].square()
+            mask = torch.zeros_like(costs, dtype=torch.bool).scatter_(0, costs.argsort(0)[: 4 - keep], True)
+        gone = given[j] if keep is None else mask[j % 4]
+        error = rest[j] * gone / upper[j, j]
+        rest[j] = rest[j].masked_fill(gone, 0)
+        assert bool(((lost[j] - error).abs() < 1e-4).all())
+        rest[j + 1 :] -= upper[j, j + 1 :, None] * error
+    assert bool((kept - rest).abs().max() < 1e-4)
+    assert bool(((kept == 0) == (rest == 0)).all())

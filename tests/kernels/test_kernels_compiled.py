@@ -93,7 +93,8 @@ def check(launches, capability, folder, products=()):
         assert result.metadata.shared <= SHARED_LIMIT[capability], where
         assert spills(result.asm["cubin"], folder) == 0, where
         if kernel.__name__ in products:
-            assert ("wgmma" if capability == 90 else "mma.sync") in result.asm["ptx"], where
+            narrow = kernel.__name__ == "_few_kernel"  # of tiles for which the warpgroup's product is too tall
+            assert re.search("wgmma" if capability == 90 and not narrow else "wgmma|mma.sync", result.asm["ptx"]), where
         assert ("griddepcontrol.wait" in result.asm["ptx"]) == bool(named.get("PDL")), where
     assert set(products) <= {kernel.__name__ for kernel, _, _ in launches}
 
@@ -121,6 +122,7 @@ both = pytest.mark.parametrize("capability", [80, 90])
         (1, torch.bfloat16, False),
         (64, torch.bfloat16, False),
         (1, torch.bfloat16, True),
+        (16, torch.bfloat16, True),
         (64, torch.bfloat16, True),
         (512, torch.bfloat16, True),
         (64, torch.float32, True),
@@ -132,7 +134,7 @@ def test_shared_linear_fits_and_multiplies_on_tensor_cores(tokens, dtype, pivote
 
     for share in ("output", "input"):
         shared_linear_cuda(torch.zeros(tokens, 1024, dtype=dtype), *layer(share, dtype, pivoted), share == "input")
-    products = {1: (), 64: ("_split_kernel",), 512: ("_expand_kernel",)}[tokens]
+    products = {1: (), 16: ("_few_kernel", "_expand_kernel")}.get(tokens, ("_expand_kernel",))
     check(launches, capability, tmp_path, products)
 
 
@@ -152,7 +154,8 @@ def test_kernels_of_a_few_tokens_start_early_on_hopper(tokens, launches, early, 
     for share in ("output", "input"):
         x = torch.zeros(tokens, 1024, dtype=torch.bfloat16)
         shared_linear_cuda(x, *layer(share, torch.bfloat16, True), share == "input")
-    assert all(named["PDL"] and named["launch_pdl"] for _, _, named in launches)
+    in_turn = [launch for launch in launches if launch[0].__name__ not in ("_invert_kernel", "_group_kernel")]
+    assert all(named["PDL"] and named["launch_pdl"] for kernel, _, named in in_turn if "sum" not in kernel.__name__)
     check(launches, 90, tmp_path)
 
 
@@ -167,7 +170,7 @@ def test_shared_linear_of_codes_fits_and_multiplies_on_tensor_cores(storage, cap
             x = torch.zeros(tokens, 1088, dtype=torch.bfloat16)
             given = layer(share, torch.bfloat16, True, sizes, storage=storage)
             shared_linear_cuda(x, *given, share == "input")
-    check(launches, capability, tmp_path, ("_split_kernel",))
+    check(launches, capability, tmp_path, ("_few_kernel",))
     assert "_dequantize_kernel" in {kernel.__name__ for kernel, _, _ in launches}
 
 
@@ -178,8 +181,9 @@ def test_shared_linear_fits_in_float16_and_at_odd_sizes(pivoted, capability, lau
 
     for share in ("output", "input"):
         odd = layer(share, torch.float16, pivoted, (63, 1001, 9, 5), torch.int32)
-        shared_linear_cuda(torch.zeros(33, 1001, dtype=torch.float16), *odd, share == "input")
-    check(launches, capability, tmp_path, ("_split_kernel",))
+        for tokens in (13, 33):
+            shared_linear_cuda(torch.zeros(tokens, 1001, dtype=torch.float16), *odd, share == "input")
+    check(launches, capability, tmp_path, ("_few_kernel",))
 
 
 @both
@@ -227,7 +231,7 @@ def test_cuda_kernels_fit_and_multiply_on_tensor_cores(capability):
     architecture = f"sm_{capability}" + ("a" if capability == 90 else "")
     usage = dumped(pycompress._C.__file__, "-arch", architecture, "--dump-resource-usage")
     found = re.findall(r"Function (\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert len([name for name, *_ in found if "kernel" in name]) >= 30  # two of each of nine forms and of three, folds
+    assert len([name for name, *_ in found if "kernel" in name]) >= 9  # of three dtypes, whole and not, and the folds
     for name, registers, stack, shared, local in found:
         assert int(stack) == int(local) == 0, name
         assert int(shared) <= 48 << 10, name
