@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from pycompress.lm.model import evaluation
 from pycompress.lm.state import neutral
 from pycompress.packing.packing import Packing
 from pycompress.packing.plan import Plan, check_weights, plan
-from pycompress.pipeline import Outcome, Pipeline, Progress
+from pycompress.pipeline import Clock, Outcome, Pipeline, Progress
 from pycompress.recipe import Config, Recipe
 from pycompress.report import DROPPED, Report, Row, Total
 from pycompress.structural.pipeline import structural_pipeline
@@ -110,13 +111,15 @@ def _apply(
         try:
             before = _bytes_of(model)
             shrunk: list[Outcome] = []
+            clock = Clock()
             for count, config in enumerate(structural, start=1):
                 started.append(structural_pipeline(model, config, batches, saved.stage(structural[:count]), shown))
-                shrunk.append(started[-1].run())
+                with clock(config.name):
+                    shrunk.append(started[-1].run())
             between = _bytes_of(model)
             started.append(Packing(model, packing, batches, saved, shown))
             packed = started[-1].run()
-            return _report(shrunk, packed, before, between, configs)
+            return _report(shrunk, packed, before, between, configs, clock.seconds)
         except BaseException:
             for pipeline in reversed(started):
                 pipeline.undo()
@@ -185,9 +188,17 @@ def _bytes_of(model: nn.Module) -> tuple[int, int]:
 
 
 def _report(
-    shrunk: list[Outcome], packed: Outcome, before: tuple[int, int], between: tuple[int, int], configs: Recipe
+    shrunk: list[Outcome],
+    packed: Outcome,
+    before: tuple[int, int],
+    between: tuple[int, int],
+    configs: Recipe,
+    seconds: Mapping[str, float],
 ) -> Report:
-    """`before`, `between`: bytes of the dense model and after the structural methods, as `_bytes_of` gives them."""
+    """`before`, `between`: bytes of the dense model and after the structural methods, as `_bytes_of` gives them.
+
+    `seconds`: of each structural method.
+    """
     rows, dropped = _of_dense_model(shrunk)
     packed_rows = [replace(row, before=rows[row.name].before) if row.name in rows else row for row in packed.rows]
     names = {row.name for row in packed_rows}
@@ -201,6 +212,7 @@ def _report(
         decoder=Total(before[0], between[0] - saved),
         file=Total(before[1], between[1] - stored),
         recipe=[config.to_dict() for config in configs],
+        seconds={**seconds, **packed.seconds},
         searches=tuple(outcome.search for outcome in shrunk if outcome.search is not None),
     )
 

@@ -52,8 +52,8 @@ class Total:
 @dataclass(frozen=True)
 class Report:
     """`targets`: the matrices the recipe named. `decoder`: all tensors of the decoder blocks. `file`: every tensor, as
-    `save_pretrained` stores it. `recipe`: the settings as plain values. `searches`: every candidate that a search
-    tried, one result a searching method of the recipe; not part of the JSON.
+    `save_pretrained` stores it. `recipe`: the settings as plain values. `seconds`: what this run spent, by stage.
+    `searches`: every candidate that a search tried, one result a searching method of the recipe; not part of the JSON.
     """
 
     rows: tuple[Row, ...]
@@ -61,6 +61,7 @@ class Report:
     decoder: Total
     file: Total
     recipe: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
     searches: tuple[Result, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -73,13 +74,17 @@ class Report:
         for name in ("targets", "decoder", "file"):
             total: Total = getattr(self, name)
             lines.append(f"{name:<8}{total.before:>14} -> {total.after:>13} bytes, keep {total.keep:.4f}")
+        if self.seconds:
+            stages = [f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items()]
+            lines.append(f"seconds  {', '.join(stages)}, in all {sum(self.seconds.values()):.1f}")
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, written to `path` too where one is given; null where there is no finite number."""
         totals = {name: asdict(total) | {"keep": total.keep} for name, total in self._totals()}
         rows = [asdict(row) for row in self.rows]
-        text = json.dumps(finite({"recipe": self.recipe, **totals, "rows": rows}), indent=1, allow_nan=False)
+        content = {"recipe": self.recipe, **totals, "seconds": self.seconds, "rows": rows}
+        text = json.dumps(finite(content), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -93,7 +98,8 @@ class Report:
             targets, decoder, file = (
                 Total(data[n]["before"], data[n]["after"]) for n in ("targets", "decoder", "file")
             )
-            return cls(tuple(Row(**row) for row in rows), targets, decoder, file, data["recipe"])
+            seconds = dict(data.get("seconds", {}))  # reports of 0.1 have none
+            return cls(tuple(Row(**row) for row in rows), targets, decoder, file, data["recipe"], seconds)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"the text is no report that to_json wrote: {brief(text)}") from error
 

@@ -1,8 +1,10 @@
 """`apply` end to end on tiny models: what it changes, what it reports, what it refuses."""
 
+import dataclasses
 import json
 import random
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pycompress.architectures import model as architectures
 from pycompress.calibration.stream import Stream
 from pycompress.hub import record
 from pycompress.lm.state import HOOKS
+from pycompress.methods.registry import METHODS
 from pycompress.nn.linear import SharedLinear
 
 IDS = torch.randint(3, 97, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -78,6 +81,29 @@ def test_input_weighting_beats_the_published_method_on_outputs(tiny_model):
         report = pycompress.apply(model, SWSC(0.5, weighting=weighting, allocation="uniform"), IDS, progress=False)
         errors[weighting] = sum(row.error for row in report.rows)
     assert errors["inputs"] < errors["none"]
+
+
+def test_the_report_says_where_the_time_went(tiny_model, monkeypatch):
+    def slow(*args, **named):
+        time.sleep(0.2)
+        return compress(*args, **named)
+
+    compress = METHODS[SWSC].compress
+    monkeypatch.setitem(METHODS, SWSC, dataclasses.replace(METHODS[SWSC], compress=slow))
+    report = pycompress.apply(tiny_model("LlamaForCausalLM"), SWSC(0.5, targets=("q",)), IDS, progress=False)
+    assert set(report.seconds) == {"gradients", "calibrate", "curves", "pack"}
+    assert report.seconds["pack"] >= 0.2 * len(report.rows)
+    assert min(report.seconds.values()) > 0
+
+
+def test_nothing_is_run_behind_the_last_block_of_a_recipe(tiny_model):
+    model, calls = tiny_model("LlamaForCausalLM"), []
+    last = architectures.blocks(model)[-1]
+    last.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    pycompress.apply(model, LowRank(rank=4, weighting="inputs", targets=("*layers.0.*q_proj",)), IDS, progress=False)
+    assert not calls
+    pycompress.apply(model, LowRank(rank=4, weighting="inputs", targets=("*layers.1.*down_proj",)), IDS, progress=False)
+    assert calls
 
 
 def test_allocation_by_loss_spends_little_where_the_loss_is_insensitive(tiny_model):

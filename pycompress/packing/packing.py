@@ -22,7 +22,7 @@ from pycompress.methods.allocate import allocate
 from pycompress.methods.registry import METHODS, Curve, Statistics
 from pycompress.nn.weights import dense_weight
 from pycompress.packing.plan import Plan, Step, plan
-from pycompress.pipeline import Outcome, Progress
+from pycompress.pipeline import Clock, Outcome, Progress
 from pycompress.recipe import Recipe
 from pycompress.report import Row
 from pycompress.surgery.replace import Undo
@@ -44,6 +44,7 @@ class Packing:
 
     def __post_init__(self) -> None:
         self.replaced = Undo(self.model)
+        self.clock = Clock()
 
     def run(self) -> Outcome:
         steps = plan(self.model, self.configs)
@@ -51,7 +52,8 @@ class Packing:
         shared = [step for step in steps.steps if step.config.shared]
         curves = self._curves(Plan(tuple(shared)), sensitivity)
         budgets = self._budgets(steps, curves, by_loss=bool(sensitivity))
-        return Outcome(self._compress(steps.with_budgets(budgets), curves, sensitivity))
+        rows = self._compress(steps.with_budgets(budgets), curves, sensitivity)
+        return Outcome(rows, seconds=self.clock.seconds)
 
     def undo(self) -> None:
         self.replaced.all()
@@ -66,7 +68,8 @@ class Packing:
             return known
         sample = first_tokens(self.batches, gradients.TOKENS)
         blocks, progress = architectures.blocks(self.model), partial(self.progress, what="loss gradients")
-        measured = gradients.loss_sensitivity(self.model, blocks, sample, names, progress)
+        with self.clock("gradients"):
+            measured = gradients.loss_sensitivity(self.model, blocks, sample, names, progress)
         self.saved.save_sensitivity(measured)
         return measured
 
@@ -82,10 +85,11 @@ class Packing:
             last = block == shared.depth - 1
             if measured is None:
                 statistics = self._statistics(stream, here, sensitivity, advance=not last)
-                measured = {step.name: self._curve(step, statistics) for step in here}
+                with self.clock("curves"):
+                    measured = {step.name: self._curve(step, statistics) for step in here}
                 self.saved.save_curves(block, measured)
             elif stream is not None and block != architectures.OUTSIDE and not last:
-                stream.advance()
+                self._advance(stream)
             curves.update(measured)
         return curves
 
@@ -113,8 +117,12 @@ class Packing:
         for block in self.progress(range(steps.depth), "compressing"):
             rows += self._block(block, by_block.get(block, []), stream, curves, sensitivity)
             if stream is not None and block < steps.depth - 1:
-                stream.advance()
+                self._advance(stream)
         return rows
+
+    def _advance(self, stream: Stream) -> None:
+        with self.clock("calibrate"):
+            stream.advance()
 
     def _block(
         self, block: int, steps: list[Step], stream: Stream | None, curves: Curves, sensitivity: Sensitivity
@@ -125,7 +133,8 @@ class Packing:
         self._put(finished)
         for part in self._stages(steps) if known is None else ():
             statistics = self._statistics(stream, part, sensitivity)
-            made = [self._matrix(step, statistics.get(step.name), curves.get(step.name)) for step in part]
+            with self.clock("pack"):
+                made = [self._matrix(step, statistics.get(step.name), curves.get(step.name)) for step in part]
             self._put(made)
             finished += made
         if known is None:
@@ -182,7 +191,8 @@ class Packing:
     def _stream(self) -> Stream | None:
         if self.batches is None:
             return None
-        return Stream.open(self.model, architectures.blocks(self.model), self.batches)
+        with self.clock("calibrate"):
+            return Stream.open(self.model, architectures.blocks(self.model), self.batches)
 
     def _statistics(
         self, stream: Stream | None, steps: list[Step], sensitivity: Sensitivity, advance: bool = False
@@ -190,7 +200,8 @@ class Packing:
         """Each step's input statistics, measured once for the linears that share an input."""
         if self.batches is not None and steps and steps[0].block == architectures.OUTSIDE:
             modules = {s.name: self.model.get_submodule(s.name) for s in steps if s.config.needs_calibration}
-            return statistics_before(self.model, architectures.blocks(self.model), self.batches, modules)
+            with self.clock("calibrate"):
+                return statistics_before(self.model, architectures.blocks(self.model), self.batches, modules)
         if stream is None:
             return {}
         stages = architectures.architecture_of(self.model).stages
@@ -200,6 +211,7 @@ class Packing:
             first.setdefault(readers[step.role], step.name)
         if not first and not advance:
             return {}
-        measured = stream.statistics({name: self.model.get_submodule(name) for name in first.values()}, advance)
+        with self.clock("calibrate"):
+            measured = stream.statistics({name: self.model.get_submodule(name) for name in first.values()}, advance)
         shared = {step.name: measured[first[readers[step.role]]] for step in steps}
         return {name: replace(each, sensitivity=sensitivity.get(name)) for name, each in shared.items()}
