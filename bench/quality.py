@@ -135,7 +135,7 @@ ROWS += (
 
 
 ALWAYS = ("api", "packing/packing", "calibration/batches", "calibration/gradients", "calibration/stream")
-PACKING = ("formats/codes", "formats/packed", "methods/allocate")
+PACKING = ("formats/codes", "formats/packed", "methods/allocate", "ops/panel")
 PACKING += tuple(f"methods/{name}" for name in ("registry", "_gptq", "_channels", "_forms", "_pricing"))
 ZEROING = (*PACKING, "methods/_sparsegpt")
 SLICING = ("structural/slicing", "surgery/rotate", "hub/skeleton")
