@@ -59,10 +59,8 @@ def in_graphs(contestants: Mapping[str, list[Call]], rounds: int = 9) -> dict[st
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for call in (
-                *calls,
-                *calls,
-            ):  # what is derived from a layer once, and early launches, come with later calls
+            # Twice: what is derived from a layer once, and early launches, come with later calls.
+            for call in 2 * calls:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graphs[who] = torch.cuda.CUDAGraph()
@@ -98,6 +96,16 @@ def figure(op: str, group: str, who: str, us: float, **facts: Any) -> Figure:
     entry = {"op": op, "group": group, "who": who, "us": round(us, 3), **facts}
     print(json.dumps(entry), flush=True)
     return entry
+
+
+def over_cublas(
+    op: str, group: str, runs: Mapping[str, list[Call]], facts: Mapping[str, dict[str, Any]], **common: Any
+) -> Iterator[Figure]:
+    """A figure of each contestant: `common` facts, its own `facts`, and cuBLAS's time over its time."""
+    us = in_graphs(runs)
+    for who, each in us.items():
+        ratio = round(us["cuBLAS dense bf16"] / each, 3)
+        yield figure(op, group, who, each, **common, **facts.get(who, {}), over_cublas=ratio)
 
 
 # Shared linear ---------------------------------------------------------------------------------------------------
@@ -179,14 +187,9 @@ def layer_figures(kind: str, keeps: tuple[float, ...], tokens_of: tuple[int, ...
                 expected = linear(x.double(), exact)
                 errors = {who: relative_error(calls[0](), expected) for who, calls in runs.items()}
                 runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in dense]  # noqa: B023
-                us = in_graphs(runs)
-                cublas = us["cuBLAS dense bf16"]
-                facts = {"keep": keep, "share": share, "bytes": nbytes}
+                facts = {who: {"error": error} for who, error in errors.items()}
                 group = f"{tokens} tokens" + ("" if kind == "float" else f", {kind}")
-                for who, each in us.items():
-                    more = {"error": errors[who]} if who in errors else {}
-                    ratio = round(cublas / each, 3)
-                    yield figure("shared_linear", group, who, each, **facts, **more, over_cublas=ratio)
+                yield from over_cublas("shared_linear", group, runs, facts, keep=keep, share=share, bytes=nbytes)
 
 
 def shared_linear_figures() -> Iterator[Figure]:
@@ -226,12 +229,8 @@ def whole_figures() -> Iterator[Figure]:
                 runs = {"pycompress": [lambda s=s: call(s) for s in layers]}
                 error = relative_error(call(first), linear(x.double(), exact))
                 runs["cuBLAS dense bf16"] = [lambda w=w: linear(x, w) for w in dense]  # noqa: B023
-                us = in_graphs(runs)
-                for who, each in us.items():
-                    more = {"error": error, "bytes": nbytes} if who == "pycompress" else {}
-                    ratio = round(us["cuBLAS dense bf16"] / each, 3)
-                    facts = {"keep": 1, "share": share, **more, "over_cublas": ratio}
-                    yield figure("shared_linear", f"{tokens} tokens, {kind}", who, each, **facts)
+                facts = {"pycompress": {"error": error, "bytes": nbytes}}
+                yield from over_cublas("shared_linear", f"{tokens} tokens, {kind}", runs, facts, keep=1, share=share)
 
 
 # 2:4 -------------------------------------------------------------------------------------------------------------
@@ -250,11 +249,8 @@ def sparse24_figures() -> Iterator[Figure]:
         for calls in runs.values():
             for call in calls:
                 call()
-        us = in_graphs(runs)
-        for who, each in us.items():
-            facts = {"error": error, "bytes": sum(t.nbytes for t in layers[0])} if who == "pycompress" else {}
-            ratio = round(us["cuBLAS dense bf16"] / each, 3)
-            yield figure("sparse24_linear", f"{tokens} tokens", who, each, **facts, over_cublas=ratio)
+        facts = {"pycompress": {"error": error, "bytes": sum(t.nbytes for t in layers[0])}}
+        yield from over_cublas("sparse24_linear", f"{tokens} tokens", runs, facts)
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -326,18 +322,17 @@ def compiled_figures() -> Iterator[Figure]:
 def speed_figures(
     op: str, models: dict[str, PreTrainedModel], batch: int, prompt: int, compile: bool = False
 ) -> Iterator[Figure]:
-    with torch.no_grad():
-        speeds = compare_speed(models, batch, prompt, new_tokens=32, repeats=3, compile=compile)
-        for who, speed in speeds.items():
-            facts = {
-                "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
-                "decode_tokens_per_s": round(speed.decode_tokens_per_s, 2),
-                "decode_over_dense": round(speed.decode_tokens_per_s / speeds["dense"].decode_tokens_per_s, 3),
-                "prefill_over_dense": round(speed.prefill_tokens_per_s / speeds["dense"].prefill_tokens_per_s, 3),
-                "cuda_graph": speed.cuda_graph,
-            }
-            step = 1e6 * batch / speed.decode_tokens_per_s
-            yield figure(op, f"batch {batch}, prompt {prompt}, one decode step", who, step, **facts)
+    speeds = compare_speed(models, batch, prompt, new_tokens=32, repeats=3, compile=compile)
+    for who, speed in speeds.items():
+        facts = {
+            "prefill_tokens_per_s": round(speed.prefill_tokens_per_s, 1),
+            "decode_tokens_per_s": round(speed.decode_tokens_per_s, 2),
+            "decode_over_dense": round(speed.decode_tokens_per_s / speeds["dense"].decode_tokens_per_s, 3),
+            "prefill_over_dense": round(speed.prefill_tokens_per_s / speeds["dense"].prefill_tokens_per_s, 3),
+            "cuda_graph": speed.cuda_graph,
+        }
+        step = 1e6 * batch / speed.decode_tokens_per_s
+        yield figure(op, f"batch {batch}, prompt {prompt}, one decode step", who, step, **facts)
 
 
 def rounding_figures() -> Iterator[Figure]:

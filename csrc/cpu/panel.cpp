@@ -1,8 +1,7 @@
 // A panel of columns, each rounded or set to zero in its turn while those behind it compensate for what it loses.
 // Compiled once a level: see CMakeLists.txt.
 //
-// LANES rows are worked on together, their panel in the first-level cache; every loop over lanes is one register or
-// two.
+// LANES rows are worked on together, their panel in the first-level cache; every loop over lanes is a few registers.
 #include PYCOMPRESS_VECTORS
 
 #include <cmath>
